@@ -1,0 +1,17 @@
+# Segmenter ViT-l (mask transformer), compressed and fine-tuned from mmseg's
+# published dense checkpoint.
+_base_ = [
+    './_base_/models/segmenter_vit-l.py',
+    './_base_/datasets/ade20k_640x640.py',
+    './_base_/default_runtime.py',
+    './_base_/schedules/finetune_64k.py',
+]
+model = dict(
+    backbone=dict(
+        compression=dict(keep=0.7, thresholds='layer', layers=range(1, 24))
+    ),
+    decode_head=dict(
+        compression=dict(grid=(40, 40), keep=0.7, thresholds='layer')
+    ),
+)
+load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/segmenter/segmenter_vit-l_mask_8x1_512x512_160k_ade20k/segmenter_vit-l_mask_8x1_512x512_160k_ade20k_20220105_162750-7ef345be.pth'  # noqa: E501

@@ -1,0 +1,17 @@
+# Segmenter ViT-s (mask transformer), compressed and fine-tuned from mmseg's
+# published dense checkpoint.
+_base_ = [
+    './_base_/models/segmenter_vit-s.py',
+    './_base_/datasets/ade20k.py',
+    './_base_/default_runtime.py',
+    './_base_/schedules/finetune_64k.py',
+]
+model = dict(
+    backbone=dict(
+        compression=dict(keep=0.7, thresholds='layer', layers=range(1, 12))
+    ),
+    decode_head=dict(
+        compression=dict(grid=(32, 32), keep=0.7, thresholds='layer')
+    ),
+)
+load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/segmenter/segmenter_vit-s_mask_8x1_512x512_160k_ade20k/segmenter_vit-s_mask_8x1_512x512_160k_ade20k_20220105_151706-511bb103.pth'  # noqa: E501

@@ -1,0 +1,18 @@
+# Segmenter ViT-T on CamVid, compressed and fine-tuned from a dense
+# checkpoint.
+_base_ = [
+    './_base_/models/segmenter_vit-t_camvid.py',
+    './_base_/datasets/camvid.py',
+    './_base_/default_runtime.py',
+    './_base_/schedules/finetune_700.py',
+]
+model = dict(
+    backbone=dict(
+        compression=dict(keep=0.7, thresholds='layer', layers=range(1, 12))
+    ),
+    decode_head=dict(
+        compression=dict(grid=(22, 30), keep=0.7, thresholds='layer')
+    ),
+)
+load_from = 'checkpoints/segmenter_vit-t_camvid.pth'
+custom_hooks = [dict(type='PruneMergeHook', score_iters=20)]

@@ -1,0 +1,19 @@
+"""Prune-and-Merge token compression for OpenMMLab Vision Transformers.
+
+Importing the package registers its modules with mmseg, so a config needs
+``custom_imports = dict(imports=['pm_seg'])``. ``pm_seg.core`` needs torch
+alone; without OpenMMLab installed only that part is there.
+"""
+
+import warnings
+from importlib.util import find_spec
+
+from .version import __version__
+
+if find_spec('mmseg') is not None:
+    with warnings.catch_warnings():
+        # mmcv without compiled operators; pm_seg needs none.
+        warnings.filterwarnings('ignore', message='Fail to import')
+        from . import engine, models  # noqa: F401  (registers their classes)
+
+__all__ = ['__version__']

@@ -1,0 +1,230 @@
+"""What the command line tools share: arguments, configs, early checks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+_DATASET_HELP = {
+    'ADE20KDataset': (
+        'ADE20K: unpack ADEChallengeData2016.zip (MIT Scene Parsing '
+        'Benchmark) so that images/ and annotations/ lie in the data root.'
+    ),
+    'CamVidDataset': (
+        'CamVid: put images/{train,val,test} and annotations/'
+        '{train,val,test} (class indices 0-10, 255 ignored) in the data root.'
+    ),
+}
+_DATASET_FALLBACK = (
+    'No data at hand? "python tools/make_scenes.py data/scenes" draws scenes '
+    'in ADE20K layout.'
+)
+
+
+def packaged_configs() -> Path:
+    """Folder of the configs: the checkout's, or the installed copy."""
+    installed = PACKAGE / '.mim' / 'configs'
+    return installed if installed.is_dir() else PACKAGE.parent / 'configs'
+
+
+def resolve_config(name: str) -> str:
+    """Path of a config given as a path or as the name of one of ours.
+
+    Args:
+        name (str): An existing file, or one of the package's configs with or
+            without ``configs/`` in front and ``.py`` behind, from any
+            working directory.
+
+    Raises:
+        SystemExit: If there is no such config; lists those there are.
+    """
+    if Path(name).is_file():
+        return name
+    folder = packaged_configs()
+    relative = name.removeprefix('./').removeprefix('configs/')
+    for candidate in (folder / relative, folder / f'{relative}.py'):
+        if candidate.is_file():
+            return str(candidate)
+    names = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob('*.py')
+        if '_base_' not in path.parts
+    )
+    raise SystemExit(
+        f'Config not found: {name}\nThe configs of pm_seg are:\n  '
+        + '\n  '.join(names)
+    )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--work-dir``, ``--cfg-options`` and ``--launcher``, as in mmseg."""
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override config settings, key=value pairs with dots for nested '
+        'keys: train_dataloader.batch_size=2 model.backbone.compression.'
+        'keep=0.5. Lists are key="[a,b]" or key=a,b. data_root=DIR sets the '
+        'data root of all dataloaders',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
+    )
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        type=int,
+        default=0,
+        help=argparse.SUPPRESS,
+    )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config and apply the common arguments.
+
+    The work directory is, in this order, ``--work-dir``, the config's
+    ``work_dir``, or ``work_dirs/CONFIG_NAME``.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    path = resolve_config(args.config)
+    cfg = Config.fromfile(path)
+    cfg.launcher = args.launcher
+    options = args.cfg_options or {}
+    old_root = cfg.get('data_root')
+    cfg.merge_from_dict(options)
+    if 'data_root' in options:
+        for dataset in _datasets(cfg):
+            if dataset.get('data_root') == old_root:
+                dataset.data_root = options['data_root']
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
+    return cfg
+
+
+def _datasets(
+    cfg: Config, loaders: tuple[str, ...] = ('train', 'val', 'test')
+) -> Iterator[ConfigDict]:
+    """Dataset dicts with a data root, those inside wrappers included."""
+
+    def walk(node: object) -> Iterator[ConfigDict]:
+        if isinstance(node, dict):
+            if 'data_root' in node:
+                yield node
+            for value in node.values():
+                yield from walk(value)
+        elif isinstance(node, (list, tuple)):
+            for value in node:
+                yield from walk(value)
+
+    for loader in loaders:
+        yield from walk(cfg.get(f'{loader}_dataloader'))
+
+
+def check_data(cfg: Config, *loaders: str) -> None:
+    """Stop with one clear message if a dataset is not there.
+
+    Args:
+        cfg (Config): The config.
+        *loaders (str): Which of 'train', 'val' and 'test' are needed.
+
+    Raises:
+        SystemExit: Naming the missing folder and what to put there.
+    """
+    for dataset in _datasets(cfg, loaders):
+        root = Path(dataset.data_root or '.')
+        for prefix in (dataset.get('data_prefix') or {}).values():
+            folder = root / prefix
+            if folder.is_dir() and any(folder.iterdir()):
+                continue
+            state = 'is empty' if folder.is_dir() else 'does not exist'
+            kind = dataset.get('type', 'dataset')
+            raise SystemExit(
+                f'{kind}: {folder} {state}.\n'
+                f'{_DATASET_HELP.get(kind, "Put the dataset there.")}\n'
+                f'Elsewhere on disk? Add --cfg-options '
+                f'data_root=/path/to/it (now {root}).\n{_DATASET_FALLBACK}'
+            )
+
+
+def fetch_checkpoint(source: str) -> str:
+    """Local path of a checkpoint; downloads it if it is an address.
+
+    Args:
+        source (str): A path, or an http(s) address. A file of the same name
+            in ``checkpoints/`` is used instead of downloading.
+
+    Raises:
+        SystemExit: Saying which file to put where.
+    """
+    if urlparse(source).scheme not in ('http', 'https'):
+        if '://' in source or Path(source).is_file():
+            return source
+        raise SystemExit(
+            f'Checkpoint not found: {source}\nGive the path of a .pth file, '
+            'or for training without one add --cfg-options load_from=None.'
+        )
+    name = Path(urlparse(source).path).name
+    local = Path('checkpoints') / name
+    if local.is_file():
+        return str(local)
+    cached = Path(torch.hub.get_dir()) / 'checkpoints' / name
+    if cached.is_file():
+        return str(cached)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    print(f'Downloading {source}', file=sys.stderr)
+    try:
+        torch.hub.download_url_to_file(source, str(cached))
+    except (URLError, OSError) as error:
+        raise SystemExit(
+            f'Could not download {source}\n({error})\nDownload it elsewhere '
+            f'and put it at {local}, or start without it: --cfg-options '
+            'load_from=None'
+        ) from None
+    return str(cached)
+
+
+def check_checkpoints(cfg: Config) -> None:
+    """Make ``load_from`` and pretrained weights local before work starts.
+
+    Only the first process downloads; the others find the file later.
+    """
+    if int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) != 0:
+        return
+    if cfg.get('resume'):
+        return
+    if cfg.get('load_from'):
+        cfg.load_from = fetch_checkpoint(cfg.load_from)
+        return  # pretrained weights would be overwritten
+    model = cfg.model
+    if model.get('pretrained'):
+        model.pretrained = fetch_checkpoint(model.pretrained)
+    init_cfg = (model.get('backbone') or {}).get('init_cfg')
+    if isinstance(init_cfg, dict) and init_cfg.get('checkpoint'):
+        init_cfg.checkpoint = fetch_checkpoint(init_cfg.checkpoint)
+
+
+def quiet_warnings() -> None:
+    """Hide start-up warnings of dependencies that no user can act on."""
+    for pattern in (
+        'Default ``avg_non_ignore`` is False',
+        'The draw is False',
+        '.*`lr_scheduler.step\(\)` before `optimizer.step',
+    ):
+        warnings.filterwarnings('ignore', message=pattern)

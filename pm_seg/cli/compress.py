@@ -1,0 +1,141 @@
+"""Score and compress a dense checkpoint, without training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from ..engine.scoring import (
+    compress,
+    describe,
+    require_compressible,
+)
+from ..version import __version__
+from .common import (
+    add_common_arguments,
+    check_data,
+    fetch_checkpoint,
+    load_config,
+    quiet_warnings,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='compress.py',
+        description='Gather scores on training images, find the structure of '
+        'each layer and write a compressed checkpoint, ready for test.py or '
+        'for fine-tuning. A checkpoint that has scores already is only '
+        'structured anew.',
+        epilog='Example: python tools/compress.py '
+        'configs/segmenter_vit-t_pm_camvid.py dense.pth --out pm.pth '
+        '--keep 0.7',
+    )
+    parser.add_argument('config', help='a config with compression')
+    parser.add_argument('checkpoint', help='dense or compressed checkpoint')
+    parser.add_argument('--out', required=True, help='checkpoint to write')
+    parser.add_argument(
+        '--keep', type=float, help='share of the tokens to keep, in (0, 1]'
+    )
+    parser.add_argument(
+        '--score-iters',
+        type=int,
+        help="training batches to score; defaults to the config's hook",
+    )
+    parser.add_argument(
+        '--device',
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='defaults to cuda if there is one',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def _hook(cfg: Config) -> dict:
+    for hook in cfg.get('custom_hooks') or []:
+        if hook['type'] == 'PruneMergeHook':
+            return hook
+    return {}
+
+
+def _set_keep(node: object, keep: float) -> None:
+    """Set ``keep`` in every compression dict of a model config."""
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if key == 'compression' and value is not None:
+            value['keep'] = keep
+        else:
+            _set_keep(value, keep)
+
+
+def _write(path: Path, content: dict) -> None:
+    """Write the checkpoint whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'{path.name}.partial')
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``tools/compress.py``."""
+    args = parse_args(argv)
+    quiet_warnings()
+    cfg = load_config(args)
+    checkpoint = fetch_checkpoint(args.checkpoint)
+    if args.keep is not None:
+        _set_keep(cfg.model, args.keep)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    model = MODELS.build(cfg.model)
+    require_compressible(model)
+    saved = load_checkpoint(model, checkpoint, map_location='cpu')
+    model.to(args.device)
+    modules = require_compressible(model).values()
+    if all(module.compressor.has_structure for module in modules):
+        print('The checkpoint has scores already, only structuring it')
+        for module in modules:
+            module.compressor.build()
+    else:
+        check_data(cfg, 'train')
+        hook = _hook(cfg)
+        batches = args.score_iters or hook.get('score_iters', 50)
+        with Progress(
+            *Progress.get_default_columns()[:2],
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        ) as bar:
+            task = bar.add_task('Scoring batches', total=batches)
+            compress(
+                model,
+                cfg.train_dataloader,
+                batches,
+                hook.get('reduction', 'image'),
+                hook.get('seed', 0),
+                lambda done: bar.update(task, completed=done),
+            )
+    print(describe(model))
+    meta = {
+        **{k: saved.get('meta', {}).get(k) for k in ('dataset_meta',)},
+        'cfg': cfg.pretty_text,
+        'pm_seg_version': __version__,
+    }
+    _write(
+        Path(args.out), {'state_dict': model.cpu().state_dict(), 'meta': meta}
+    )
+    print(f'Wrote {args.out}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,89 @@
+"""Test a model."""
+
+from __future__ import annotations
+
+import argparse
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from .common import (
+    add_common_arguments,
+    check_data,
+    fetch_checkpoint,
+    load_config,
+    quiet_warnings,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='test.py',
+        description='Evaluate a checkpoint: mIoU for segmentation, top-1 for '
+        'classification.',
+        epilog='Example: python tools/test.py '
+        'configs/segmenter_vit-s_pm_ade20k.py work_dirs/'
+        'segmenter_vit-s_pm_ade20k/iter_64000.pth --show-dir pictures',
+    )
+    parser.add_argument('config', help='config file, or the name of one')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='folder to save predictions to')
+    parser.add_argument(
+        '--show', action='store_true', help='show predictions on screen'
+    )
+    parser.add_argument('--show-dir', help='folder to draw predictions to')
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        help='seconds each picture is shown',
+    )
+    parser.add_argument(
+        '--tta', action='store_true', help='test-time augmentation'
+    )
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    hooks = cfg.default_hooks
+    if 'visualization' not in hooks:
+        raise SystemExit(
+            '--show and --show-dir need a visualization hook; add '
+            'default_hooks=dict(visualization=dict(type='
+            "'SegVisualizationHook')) to the config"
+        )
+    hooks.visualization.draw = True
+    if args.show:
+        hooks.visualization.show = True
+        hooks.visualization.wait_time = args.wait_time
+    if args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Entry point of ``tools/test.py``; returns the metrics."""
+    args = parse_args(argv)
+    quiet_warnings()
+    cfg = load_config(args)
+    cfg.load_from = fetch_checkpoint(args.checkpoint)
+    cfg.resume = False
+    check_data(cfg, 'test')
+    if args.show or args.show_dir:
+        _draw_predictions(cfg, args)
+    if args.tta:
+        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+            raise SystemExit(
+                '--tta needs tta_model and tta_pipeline in the config'
+            )
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.tta_model.module = cfg.model
+        cfg.model = cfg.tta_model
+    if args.out is not None:
+        cfg.test_evaluator.output_dir = args.out
+        cfg.test_evaluator.keep_results = True
+    return Runner.from_cfg(cfg).test()
+
+
+if __name__ == '__main__':
+    main()

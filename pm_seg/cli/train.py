@@ -1,0 +1,66 @@
+"""Train a model."""
+
+from __future__ import annotations
+
+import argparse
+
+from mmengine.runner import Runner
+
+from .common import (
+    add_common_arguments,
+    check_checkpoints,
+    check_data,
+    load_config,
+    quiet_warnings,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='train.py',
+        description='Train a model. With a PM config: gather scores on the '
+        'dense checkpoint (load_from), compress, fine-tune, evaluate.',
+        epilog='Example: python tools/train.py '
+        'configs/segmenter_vit-s_pm_ade20k.py --amp',
+    )
+    parser.add_argument('config', help='config file, or the name of one')
+    parser.add_argument(
+        '--resume',
+        action='store_true',
+        help='go on from the latest checkpoint in the work directory',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='automatic mixed precision'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate to the total batch size',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``tools/train.py``."""
+    args = parse_args(argv)
+    quiet_warnings()
+    cfg = load_config(args)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'auto_scale_lr' not in cfg:
+            raise SystemExit(
+                '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size='
+                'N) in the config: the batch size its learning rate is for'
+            )
+        cfg.auto_scale_lr.enable = True
+    cfg.resume = args.resume or cfg.get('resume', False)
+    check_data(cfg, 'train', 'val')
+    check_checkpoints(cfg)
+    Runner.from_cfg(cfg).train()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,149 @@
+"""Gradient-weighted attention scores, without an attention map.
+
+The paper (section 3.2) scores key token k by the sum over heads h and queries
+q of ``A[h, q, k] * dL/dA[h, q, k]``. With the attention output ``O = A V``
+the gradient of the attention map is ``dL/dA = dL/dO V^T``, hence::
+
+    sum_q A[h, q, k] dL/dA[h, q, k] = <v[h, k], sum_q A[h, q, k] dL/dO[h, q]>
+                                    = <v[h, k], dL/dv[h, k]>
+
+The score therefore needs the values and their gradient only: O(N C) memory,
+with any fused attention kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+REDUCTIONS = ('image', 'batch')
+
+
+def value_gradient_scores(value: Tensor, grad: Tensor) -> Tensor:
+    """Signed score of each key token, ``<v, dL/dv>`` summed over heads.
+
+    Args:
+        value (Tensor): (B, heads, T, D).
+        grad (Tensor): dL/dvalue, same shape.
+
+    Returns:
+        Tensor: (B, T), float64.
+    """
+    return (value.double() * grad.double()).sum(dim=(1, 3))
+
+
+class ScoreRecorder:
+    """Adds up the scores of every layer while losses are back-propagated.
+
+    Use as a context manager around ``loss.backward()`` calls::
+
+        with ScoreRecorder(taps, num_tokens=1024, num_prefix=1) as recorder:
+            for images, labels in batches:
+                loss_fn(model(images), labels).backward()
+        scores = recorder.scores()
+
+    No parameter needs a gradient for this: freeze them all to halve the cost
+    of the backward pass.
+
+    Args:
+        taps (Sequence[nn.Module]): One module for each layer through which
+            the values (B, heads, T, D) pass, see
+            :class:`pm_seg.models.layers.FusedMultiheadAttention`.
+        num_tokens (int): N, patch tokens of the grid that is scored.
+        num_prefix (int): P, tokens in front of them, not scored.
+        reduction (str): 'image' adds up ``|score|`` image by image with the
+            loss taken as a mean over the batch, so that the result does not
+            depend on how images are split into batches. 'batch' adds up the
+            absolute value of each batch's sum, as the release does.
+            Defaults to 'image'.
+
+    Raises:
+        ValueError: When a batch has another number of tokens.
+    """
+
+    def __init__(
+        self,
+        taps: Sequence[nn.Module],
+        num_tokens: int,
+        num_prefix: int,
+        reduction: str = 'image',
+    ) -> None:
+        if reduction not in REDUCTIONS:
+            raise ValueError(
+                f'reduction={reduction!r} is unknown; choose one of '
+                f'{REDUCTIONS}'
+            )
+        self.taps = taps
+        self.num_tokens = num_tokens
+        self.num_prefix = num_prefix
+        self.reduction = reduction
+        self.total = torch.zeros(len(taps), num_tokens, dtype=torch.float64)
+        self.weight = torch.zeros(len(taps), 1, dtype=torch.float64)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> ScoreRecorder:
+        for layer, tap in enumerate(self.taps):
+            self._handles.append(
+                tap.register_forward_hook(
+                    lambda module, args, value, layer=layer: self._watch(
+                        layer, value
+                    )
+                )
+            )
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self, layer: int, value: Tensor) -> Tensor:
+        expected = self.num_prefix + self.num_tokens
+        if value.shape[2] != expected:
+            raise ValueError(
+                f'layer {layer} got {value.shape[2]} tokens, expected '
+                f'{expected}; scores are gathered on images of the size the '
+                'backbone was built for (img_size), uncompressed'
+            )
+        detached = value.detach()
+        if torch.is_grad_enabled():
+            if not value.requires_grad:  # everything before it is frozen
+                value = detached.clone().requires_grad_()
+            value.register_hook(
+                lambda grad: self._record(layer, detached, grad)
+            )
+        return value
+
+    @torch.no_grad()
+    def _record(self, layer: int, value: Tensor, grad: Tensor) -> None:
+        score = value_gradient_scores(value, grad)[:, self.num_prefix :]
+        batch, heads, tokens, _ = value.shape
+        if self.reduction == 'image':
+            # d(mean over the batch) -> d(loss of this image)
+            score, weight = score.abs().sum(0) * batch, batch
+        else:
+            score, weight = score.sum(0).abs() / batch, 1
+        self.total[layer] += (score / (heads * tokens)).cpu()
+        self.weight[layer] += weight
+
+    def scores(self) -> Tensor:
+        """Mean scores, float32, (L, N).
+
+        Raises:
+            RuntimeError: If a layer saw no gradient.
+        """
+        silent = (self.weight == 0).flatten().nonzero().flatten().tolist()
+        if silent:
+            raise RuntimeError(
+                f'no gradient reached the values of layers {silent}; run '
+                'forward and backward, with gradients enabled'
+            )
+        return (self.total / self.weight).float()

@@ -1,0 +1,167 @@
+"""Token maps: merge patch tokens into groups, restore the full map.
+
+A token map of one block splits the N patch tokens of a ``h x w`` grid into K
+groups. The P prefix tokens (class, distillation or class-embedding tokens)
+are groups of their own and pass through unchanged. With merge weights ``m``
+and restore weights ``r`` (both 0 for a *pruned* token)::
+
+    merge                 z_k  = sum_{n in group k} m_n x_n
+    block                 y    = block(z)
+    restore 'replace'     x'_n = r_n y_g(n)                 (pruned: x_n)
+    restore 'residual'    x'_n = x_n + r_n (y_g(n) - z_g(n))
+
+'replace' is the merge / reconstruct / shortcut of Mao et al., "Efficient
+Token Compression for Vision Transformer with Spatial Information Preserved"
+(arXiv 2503.23455, section 3): because the rows of the merge matrix have
+disjoint supports, its products with the matrices are a weighted segment sum
+and a gather. 'residual' adds the block's update to every token instead, so
+that what distinguishes the members of a group survives the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RESTORE_MODES = ('replace', 'residual')
+
+
+def check_restore_mode(mode: str) -> str:
+    """Return ``mode`` or raise ``ValueError`` if it is not a restore mode."""
+    if mode not in RESTORE_MODES:
+        raise ValueError(
+            f'restore={mode!r} is unknown; choose one of {RESTORE_MODES}'
+        )
+    return mode
+
+
+def _check_tokens(x: Tensor, expected: int, what: str) -> None:
+    if x.dim() != 3 or x.shape[1] != expected:
+        raise ValueError(
+            f'{what} expects (B, {expected}, C), got {tuple(x.shape)}; '
+            'a token map fits one grid and one number of prefix tokens only'
+        )
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Sparse token map: every token belongs to one group, or is pruned.
+
+    Prefix tokens come first in the sequence, each as the only member of its
+    group with both weights 1.
+
+    Attributes:
+        slot (Tensor): Row of the merged sequence each token goes to, int64,
+            (P+N,). Pruned tokens may name any row; their weights are 0.
+        merge_weight (Tensor): ``m``, (P+N,).
+        restore_weight (Tensor): ``r``, (P+N,).
+        num_slots (int): P+K.
+        live (Tensor, optional): Which tokens are not pruned, bool, (P+N,).
+            None if no token is pruned.
+        mode (str): 'replace' or 'residual'.
+    """
+
+    slot: Tensor
+    merge_weight: Tensor
+    restore_weight: Tensor
+    num_slots: int
+    live: Tensor | None = None
+    mode: str = 'residual'
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Merge tokens.
+
+        Args:
+            x (Tensor): (B, P+N, C).
+
+        Returns:
+            Tensor: (B, P+K, C).
+
+        Raises:
+            ValueError: If ``x`` does not have P+N tokens.
+        """
+        _check_tokens(x, self.slot.numel(), 'merge')
+        weight = self.merge_weight.to(x.dtype).unsqueeze(-1)
+        merged = x.new_zeros(x.shape[0], self.num_slots, x.shape[2])
+        return merged.index_add(1, self.slot, x * weight)
+
+    def restore(self, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """Bring a block's output back to all tokens.
+
+        Args:
+            x (Tensor): Tokens before the merge, (B, P+N, C).
+            z (Tensor): ``merge(x)``, (B, P+K, C).
+            y (Tensor): The block's output for ``z``, (B, P+K, C).
+
+        Returns:
+            Tensor: (B, P+N, C).
+
+        Raises:
+            ValueError: If ``x`` or ``y`` have another number of tokens.
+        """
+        _check_tokens(x, self.slot.numel(), 'restore')
+        _check_tokens(y, self.num_slots, 'restore')
+        weight = self.restore_weight.to(x.dtype).unsqueeze(-1)
+        restored = weight * y.index_select(1, self.slot)
+        if self.mode == 'residual':
+            # In this order a token alone in its group gets exactly y_g(n).
+            return restored + (x - weight * z.index_select(1, self.slot))
+        if self.live is None:
+            return restored
+        return torch.where(self.live.unsqueeze(-1), restored, x)
+
+    def to_dense(self) -> DenseTokenMap:
+        """The same map as a pair of matrices."""
+        tokens = torch.arange(self.slot.numel(), device=self.slot.device)
+        live = self.live
+        if live is None:
+            live = torch.ones_like(self.slot, dtype=torch.bool)
+        merge = self.merge_weight.new_zeros(self.num_slots, tokens.numel())
+        merge = merge.index_put((self.slot, tokens), self.merge_weight)
+        restore = self.restore_weight.new_zeros(tokens.numel(), self.num_slots)
+        restore = restore.index_put((tokens, self.slot), self.restore_weight)
+        return DenseTokenMap(merge, restore, live, self.mode)
+
+
+@dataclass(frozen=True)
+class DenseTokenMap:
+    """Token map as full matrices, the form in which the release trains.
+
+    Off-support entries may be non-zero and prefix tokens may take part, which
+    is what a trained release checkpoint contains.
+
+    Attributes:
+        merge_matrix (Tensor): M, (P+K, P+N).
+        restore_matrix (Tensor): R, (P+N, P+K).
+        live (Tensor): 1 where a token is restored from its group, 0 where the
+            shortcut ``diag(1 - mask)`` keeps it, bool, (P+N,).
+        mode (str): 'replace' (x' = R y + (1 - mask) x) or 'residual'
+            (x' = x + R (y - z)).
+    """
+
+    merge_matrix: Tensor
+    restore_matrix: Tensor
+    live: Tensor
+    mode: str = 'replace'
+
+    @property
+    def num_slots(self) -> int:
+        """P+K."""
+        return self.merge_matrix.shape[0]
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Merge tokens, (B, P+N, C) -> (B, P+K, C)."""
+        _check_tokens(x, self.merge_matrix.shape[1], 'merge')
+        return self.merge_matrix.to(x.dtype) @ x
+
+    def restore(self, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """Restore tokens, see :meth:`TokenMap.restore`."""
+        _check_tokens(x, self.merge_matrix.shape[1], 'restore')
+        _check_tokens(y, self.num_slots, 'restore')
+        matrix = self.restore_matrix.to(x.dtype)
+        if self.mode == 'residual':
+            return matrix @ y + (x - matrix @ z)
+        shortcut = (~self.live).to(x.dtype).unsqueeze(-1)
+        return matrix @ y + shortcut * x

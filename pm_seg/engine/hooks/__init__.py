@@ -1,0 +1,3 @@
+from .prune_merge_hook import PruneMergeHook
+
+__all__ = ['PruneMergeHook']

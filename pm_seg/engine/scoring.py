@@ -1,0 +1,204 @@
+"""Scoring and compressing a model that is built for compression."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain, repeat
+
+import numpy as np
+import torch
+from mmengine.dist import all_reduce, broadcast
+from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..core import ScoreRecorder
+from ..models.compressible import CompressibleMixin
+
+
+def compressible_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
+    """Modules of the model with a ``compression``, by name."""
+    if is_model_wrapper(model):
+        model = model.module
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CompressibleMixin) and module.compressor
+    }
+
+
+def require_compressible(model: nn.Module) -> dict[str, CompressibleMixin]:
+    """:func:`compressible_modules`, or ``ValueError`` if there is none."""
+    modules = compressible_modules(model)
+    if not modules:
+        raise ValueError(
+            f'{type(model).__name__} has nothing to compress; give its '
+            "backbone type='PMVisionTransformer' and "
+            'compression=dict(keep=0.7)'
+        )
+    return modules
+
+
+@contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Seed all generators inside the block and put them back after it."""
+    python, array = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside the block."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def gather_scores(
+    model: BaseModel,
+    batches: Iterable[dict],
+    num_batches: int,
+    reduction: str = 'image',
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Gradient-weighted scores of every compressible module.
+
+    The model runs uncompressed, in evaluation mode and full precision; its
+    weights do not change. In a distributed run every process passes its own
+    batches and all get the same result.
+
+    Args:
+        model (BaseModel): An mmengine model, not wrapped.
+        batches (Iterable[dict]): Batches of a training data loader, with
+            annotations; started again when exhausted.
+        num_batches (int): How many batches to use.
+        reduction (str): See :class:`~pm_seg.core.ScoreRecorder`. Defaults
+            to 'image'.
+        progress (Callable, optional): Called with the number of batches
+            done after each of them.
+
+    Returns:
+        dict[str, Tensor]: Scores (layers, tokens) by module name.
+
+    Raises:
+        ValueError: If nothing is compressible, or images have another size
+            than the model was built for.
+    """
+    modules = require_compressible(model)
+    training = model.training
+    model.eval()
+    recorders: dict[str, ScoreRecorder] = {}
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(frozen(model))
+            for name, module in modules.items():
+                compressor = module.compressor
+                stack.enter_context(compressor.disabled())
+                recorders[name] = stack.enter_context(
+                    ScoreRecorder(
+                        module.score_taps,
+                        compressor.num_tokens,
+                        compressor.num_prefix,
+                        reduction,
+                    )
+                )
+            stream = chain.from_iterable(repeat(batches))
+            for done, data in zip(range(1, num_batches + 1), stream):
+                data = model.data_preprocessor(data, training=True)
+                with torch.enable_grad():
+                    losses = model(**data, mode='loss')
+                    model.parse_losses(losses)[0].backward()
+                if progress:
+                    progress(done)
+    finally:
+        model.train(training)
+    for recorder in recorders.values():
+        _reduce(recorder)
+    return {name: recorder.scores() for name, recorder in recorders.items()}
+
+
+def _reduce(recorder: ScoreRecorder) -> None:
+    """Add up totals and image counts over all processes."""
+    both = torch.cat([recorder.total, recorder.weight], dim=1)
+    all_reduce(both)
+    broadcast(both)
+    recorder.total, recorder.weight = both[:, :-1], both[:, -1:]
+
+
+def apply_scores(model: nn.Module, scores: dict[str, Tensor]) -> None:
+    """Derive the structure of each module from its scores."""
+    modules = require_compressible(model)
+    for name, module in modules.items():
+        module.compressor.set_scores(scores[name])
+
+
+def compress(
+    model: BaseModel,
+    dataloader: DataLoader | dict,
+    num_batches: int,
+    reduction: str = 'image',
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Score a model on training batches and give it its structure.
+
+    The result depends on the weights, the data and the seed alone; no weight
+    and no random state changes.
+
+    Args:
+        model (BaseModel): An mmengine model, not wrapped.
+        dataloader (DataLoader | dict): A loader, or the config of one, which
+            is then built anew with ``seed``.
+        num_batches, reduction, progress: See :func:`gather_scores`.
+        seed (int): Seed of the batches and their augmentation. Defaults to
+            0.
+    """
+    with isolated_rng(seed):
+        if not isinstance(dataloader, DataLoader):
+            config = copy.deepcopy(dataloader)
+            config['persistent_workers'] = False
+            dataloader = Runner.build_dataloader(config, seed=seed)
+        scores = gather_scores(
+            model, dataloader, num_batches, reduction, progress
+        )
+    apply_scores(model, scores)
+
+
+def describe(model: nn.Module) -> str:
+    """A table of the tokens each compressed layer works on."""
+    lines = []
+    for name, module in compressible_modules(model).items():
+        compressor = module.compressor
+        total = compressor.num_tokens
+        height, width = compressor.grid
+        lines.append(
+            f'{name or type(module).__name__}: {total} patch tokens '
+            f'({height}x{width}), restore {compressor.mode!r}'
+        )
+        lines.append('  layer  groups  pruned  share')
+        counts = zip(compressor.num_groups, compressor.num_pruned)
+        for layer, (groups, pruned) in enumerate(counts):
+            note = '' if layer in compressor.layers else '  (dense)'
+            lines.append(
+                f'  {layer:5d}  {groups:6d}  {pruned:6d}  '
+                f'{groups / total:5.0%}{note}'
+            )
+    return '\n'.join(lines)

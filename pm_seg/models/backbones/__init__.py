@@ -1,0 +1,3 @@
+from .vit import PMVisionTransformer
+
+__all__ = ['PMVisionTransformer']

@@ -1,0 +1,252 @@
+"""Vision Transformer backbone with Prune-and-Merge token compression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader
+from mmseg.models.backbones import VisionTransformer
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from ...core.structure import Grid
+from ..compressible import CompressibleMixin
+from ..layers import PMTransformerEncoderLayer
+
+_PATCH_BIAS = 'patch_embed.projection.bias'
+
+
+@MODELS.register_module()
+class PMVisionTransformer(CompressibleMixin, VisionTransformer):
+    """mmseg's ``VisionTransformer`` with token compression.
+
+    Takes all arguments of :class:`mmseg.models.VisionTransformer`, has the
+    same checkpoint keys and, with ``compression=None``, gives the same
+    results. Modifications:
+
+    - attention runs on fused kernels;
+    - with ``compression``, the chosen layers run on merged patch tokens, and
+      every output is still the full ``(B, C, h, w)`` map (Mao et al., arXiv
+      2503.23455);
+    - the patch embedding has a bias by default. mmseg >= 1.2 builds none and
+      drops the one of older and converted checkpoints; a checkpoint without
+      it loads as zero bias, which gives the same numbers;
+    - loading a checkpoint whose weights are missing, unexpected or of another
+      shape raises ``RuntimeError`` and names them.
+
+    Args:
+        compression (dict, optional): Options of
+            :class:`pm_seg.core.TokenCompressor`, for example
+            ``dict(keep=0.7, layers=range(4, 12))``. None is the dense model.
+            Defaults to None.
+
+    Example:
+        >>> model = dict(
+        ...     backbone=dict(
+        ...         type='PMVisionTransformer',
+        ...         compression=dict(keep=0.7)))
+    """
+
+    own_keys = (
+        'layers.',
+        'compressor.',
+        'patch_embed.',
+        'pos_embed',
+        'cls_token',
+    )
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        embed_dims: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: int = 4,
+        out_indices: int | Sequence[int] = -1,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_cfg: dict | None = None,
+        act_cfg: dict | None = None,
+        patch_bias: bool = True,
+        num_fcs: int = 2,
+        with_cp: bool = False,
+        compression: dict | None = None,
+        **kwargs,
+    ) -> None:
+        norm_cfg = norm_cfg or dict(type='LN')
+        act_cfg = act_cfg or dict(type='GELU')
+        if not isinstance(img_size, int):
+            img_size = tuple(img_size)
+        if out_indices == -1:
+            out_indices = num_layers - 1
+        # The base class builds everything but the layers.
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dims=embed_dims,
+            num_layers=0,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            out_indices=out_indices,
+            qkv_bias=qkv_bias,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+            patch_bias=patch_bias,
+            num_fcs=num_fcs,
+            with_cp=with_cp,
+            **kwargs,
+        )
+        wrong = [i for i in self.out_indices if not 0 <= i < num_layers]
+        if wrong:
+            raise ValueError(
+                f'out_indices={list(self.out_indices)} must lie in '
+                f'0..{num_layers - 1}, the layers of this model'
+            )
+        drop_path = torch.linspace(0, drop_path_rate, num_layers).tolist()
+        for rate in drop_path:
+            self.layers.append(
+                PMTransformerEncoderLayer(
+                    embed_dims=embed_dims,
+                    num_heads=num_heads,
+                    feedforward_channels=mlp_ratio * embed_dims,
+                    attn_drop_rate=attn_drop_rate,
+                    drop_rate=drop_rate,
+                    drop_path_rate=rate,
+                    num_fcs=num_fcs,
+                    qkv_bias=qkv_bias,
+                    act_cfg=act_cfg,
+                    norm_cfg=norm_cfg,
+                    with_cp=with_cp,
+                )
+            )
+        self.build_compressor(
+            compression,
+            grid=(
+                self.img_size[0] // patch_size,
+                self.img_size[1] // patch_size,
+            ),
+            num_prefix=int(self.with_cls_token),
+        )
+        self._freeze()
+
+    def embed(self, inputs: Tensor) -> tuple[Tensor, Grid]:
+        """Images to tokens.
+
+        Args:
+            inputs (Tensor): (B, 3, H, W).
+
+        Returns:
+            tuple[Tensor, tuple[int, int]]: Tokens (B, P+N, C), and the grid
+            (h, w) of the N patch tokens.
+        """
+        x, grid = self.patch_embed(inputs)
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat((cls_token, x), dim=1)
+        x = self._pos_embeding(x, grid, self.pos_embed)
+        if not self.with_cls_token:
+            x = x[:, 1:]
+        if self.pre_norm:
+            x = self.pre_ln(x)
+        return x, (int(grid[0]), int(grid[1]))
+
+    def to_map(self, x: Tensor, grid: Grid) -> Tensor | list[Tensor]:
+        """Tokens (B, P+N, C) to a map (B, C, h, w), with cls if asked."""
+        patches = x[:, 1:] if self.with_cls_token else x
+        out = patches.transpose(1, 2).reshape(len(x), -1, *grid)
+        return [out, x[:, 0]] if self.output_cls_token else out
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor | list[Tensor], ...]:
+        """Extract feature maps.
+
+        Args:
+            inputs (Tensor): (B, 3, H, W), any H and W.
+
+        Returns:
+            tuple: A map (B, C, ceil(H / patch), ceil(W / patch)) for each of
+            ``out_indices``; ``[map, cls]`` with ``output_cls_token``.
+        """
+        x, grid = self.embed(inputs)
+        outs = [self.to_map(x, grid)] if self.out_origin else []
+        last = len(self.layers) - 1
+        layers = zip(self.layers, self.token_maps(grid))
+        for i, (layer, token_map) in enumerate(layers):
+            x = layer(x, token_map)
+            if i == last and self.final_norm:
+                x = self.norm1(x)
+            if i in self.out_indices:
+                outs.append(self.to_map(x, grid))
+        return tuple(outs)
+
+    def train(self, mode: bool = True) -> PMVisionTransformer:
+        super().train(mode)
+        return self
+
+    def init_weights(self) -> None:
+        """Initialise, or load ``init_cfg=dict(type='Pretrained', ...)``.
+
+        Differs from the base class in that a checkpoint of a whole segmentor
+        is accepted and that one which does not fit raises ``RuntimeError``.
+        """
+        cfg = self.init_cfg
+        if not (isinstance(cfg, dict) and cfg.get('type') == 'Pretrained'):
+            super().init_weights()
+            return
+        checkpoint = CheckpointLoader.load_checkpoint(
+            cfg['checkpoint'], map_location='cpu'
+        )
+        state = dict(checkpoint.get('state_dict', checkpoint))
+        prefix = cfg.get('prefix', 'backbone.')
+        if any(key.startswith(prefix) for key in state):
+            state = {
+                key[len(prefix) :]: value
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+        pos_embed = state.get('pos_embed')
+        if pos_embed is not None and pos_embed.shape != self.pos_embed.shape:
+            state['pos_embed'] = self._fit_pos_embed(pos_embed)
+        result = self.load_state_dict(state, strict=False)
+        if result.unexpected_keys:
+            print_log(
+                f'{type(self).__name__} does not use these entries of '
+                f'{cfg["checkpoint"]}: {", ".join(result.unexpected_keys)}',
+                logger='current',
+            )
+
+    def _fit_pos_embed(self, pos_embed: Tensor) -> Tensor:
+        """Resize the position embedding of a square grid to this model's."""
+        side = int((pos_embed.shape[1] - 1) ** 0.5)
+        grid = tuple(size // self.patch_size for size in self.img_size)
+        print_log(
+            f'Resize the position embedding from {side}x{side} to '
+            f'{grid[0]}x{grid[1]}',
+            logger='current',
+        )
+        return self.resize_pos_embed(
+            pos_embed, grid, (side, side), self.interpolate_mode
+        )
+
+    def _adapt_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str
+    ) -> None:
+        super()._adapt_state_dict(state_dict, prefix)
+        bias = self.patch_embed.projection.bias
+        if bias is not None:
+            state_dict.setdefault(prefix + _PATCH_BIAS, torch.zeros_like(bias))
+
+    def _shape_remedy(self, key: str) -> str:
+        if key == 'pos_embed':
+            return (
+                f'; set img_size to that of the checkpoint, got img_size='
+                f'{tuple(self.img_size)}, or load it as '
+                "init_cfg=dict(type='Pretrained', ...), which resizes"
+            )
+        return super()._shape_remedy(key)

@@ -1,0 +1,122 @@
+"""What every compressible module shares: its compressor, strict loading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from ..core import TokenCompressor
+from ..core.compressor import AnyTokenMap
+from ..core.structure import Grid
+
+_COMPRESSOR = 'compressor.'
+
+
+class CompressibleMixin:
+    """For modules with ``layers``, run on P prefix and h x w patch tokens.
+
+    Adds a ``compressor`` (None if the module is dense) and loading that fails
+    on what would silently change the results: mmengine loads with
+    ``strict=False`` and only logs missing, unexpected or misshapen entries.
+    """
+
+    compressor: TokenCompressor | None
+    layers: nn.ModuleList
+
+    #: Prefixes of entries which mean another model if they are unexpected.
+    own_keys: tuple[str, ...] = ('layers.', 'compressor.')
+
+    def build_compressor(
+        self, compression: dict | None, grid: Grid, num_prefix: int
+    ) -> None:
+        """Create ``self.compressor`` from the user's ``compression`` dict."""
+        self.compressor = None
+        if compression is not None:
+            try:
+                self.compressor = TokenCompressor(
+                    depth=len(self.layers),
+                    num_prefix=num_prefix,
+                    **{'grid': grid, **compression},
+                )
+            except TypeError as error:
+                raise ValueError(
+                    f'compression={dict(compression)} has an unknown key '
+                    f'({error}); see pm_seg.core.TokenCompressor'
+                ) from error
+
+    def token_maps(self, grid: Grid) -> Sequence[AnyTokenMap | None]:
+        """A token map, or None for a dense layer, for each of the layers."""
+        if self.compressor is None:
+            return [None] * len(self.layers)
+        return self.compressor.token_maps(grid)
+
+    @property
+    def score_taps(self) -> list[nn.Module]:
+        """Modules the values of each layer's attention pass through."""
+        return [layer.attn.value_tap for layer in self.layers]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
+    ) -> None:
+        self._adapt_state_dict(state_dict, prefix)
+        problems = list(self._state_dict_problems(state_dict, prefix))
+        if problems:
+            shown = '\n  '.join(problems[:12])
+            more = len(problems) - 12
+            shown += f'\n  ... and {more} more' if more > 0 else ''
+            raise RuntimeError(
+                f'the checkpoint does not fit {type(self).__name__}'
+                f'{f" ({prefix[:-1]})" if prefix else ""}:\n  {shown}'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _adapt_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str
+    ) -> None:
+        """Let a dense checkpoint leave the compressor as it is.
+
+        Subclasses add or convert other entries before the check.
+        """
+        start = prefix + _COMPRESSOR
+        if not any(key.startswith(start) for key in state_dict):
+            for key, value in self.state_dict(prefix=prefix).items():
+                if key.startswith(start):
+                    state_dict[key] = value
+
+    def _state_dict_problems(
+        self, state_dict: dict[str, Tensor], prefix: str
+    ) -> Iterator[str]:
+        own = self.state_dict()
+        given = {
+            key[len(prefix) :]: value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        if self.compressor is None and any(
+            key.startswith(_COMPRESSOR) for key in given
+        ):
+            yield (
+                'it is a compressed checkpoint, the config is dense; give '
+                'the config the compression=dict(...) it was made with'
+            )
+        for key, value in own.items():
+            if key not in given:
+                yield f'{key}: missing, expected {tuple(value.shape)}'
+            elif given[key].shape != value.shape:
+                yield (
+                    f'{key}: shape {tuple(given[key].shape)}, expected '
+                    f'{tuple(value.shape)}{self._shape_remedy(key)}'
+                )
+        for key in given:
+            if key not in own and key.startswith(self.own_keys):
+                if not (key.startswith(_COMPRESSOR) and not self.compressor):
+                    yield f'{key}: unexpected, the model has no such entry'
+
+    def _shape_remedy(self, key: str) -> str:
+        if key.startswith(_COMPRESSOR):
+            return (
+                '; the compression was made for another grid (img_size) or '
+                'other num_groups'
+            )
+        return ''

@@ -1,0 +1,99 @@
+"""Transformer layers: the stock parameters on fused attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint as cp
+from mmcv.cnn.bricks.transformer import MultiheadAttention
+from mmseg.models.backbones.vit import TransformerEncoderLayer
+from torch import Tensor, nn
+
+from ..core.compressor import AnyTokenMap
+
+
+class FusedMultiheadAttention(MultiheadAttention):
+    """mmcv's self-attention on ``F.scaled_dot_product_attention``.
+
+    Arguments, parameters and checkpoint keys are those of the base class;
+    only self-attention without masks or positional terms is supported, which
+    is all a Vision Transformer uses. The values pass through the submodule
+    ``value_tap``, an identity for forward hooks such as
+    :class:`~pm_seg.core.ScoreRecorder`.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.value_tap = nn.Identity()
+
+    def forward(self, query: Tensor, identity: Tensor) -> Tensor:
+        """Self-attention plus identity.
+
+        Args:
+            query (Tensor): (B, T, C).
+            identity (Tensor): (B, T, C).
+
+        Returns:
+            Tensor: (B, T, C).
+        """
+        attn = self.attn
+        batch, tokens, channels = query.shape
+        qkv = F.linear(query, attn.in_proj_weight, attn.in_proj_bias)
+        qkv = qkv.view(batch, tokens, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            self.value_tap(v),
+            dropout_p=attn.dropout if self.training else 0.0,
+        )
+        out = out.transpose(1, 2).reshape(batch, tokens, channels)
+        out = attn.out_proj(out)
+        return identity + self.dropout_layer(self.proj_drop(out))
+
+
+class PMTransformerEncoderLayer(TransformerEncoderLayer):
+    """mmseg's encoder layer, optionally on merged tokens.
+
+    Modifications: fused attention, an optional token map, activation
+    checkpointing (``with_cp``) that is non-reentrant and covers merge and
+    restore.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        # The base class updates these dicts in place, its own defaults too.
+        kwargs.setdefault('attn_cfg', {})
+        kwargs.setdefault('ffn_cfg', {})
+        super().__init__(*args, **kwargs)
+
+    def build_attn(self, attn_cfg: dict) -> None:
+        self.attn = FusedMultiheadAttention(**attn_cfg)
+
+    def _block(self, x: Tensor) -> Tensor:
+        x = self.attn(self.norm1(x), identity=x)
+        return self.ffn(self.norm2(x), identity=x)
+
+    def _compressed_block(self, x: Tensor, token_map: AnyTokenMap) -> Tensor:
+        z = token_map.merge(x)
+        return token_map.restore(x, z, self._block(z))
+
+    def forward(
+        self, x: Tensor, token_map: AnyTokenMap | None = None
+    ) -> Tensor:
+        """Run the layer.
+
+        Args:
+            x (Tensor): (B, P+N, C).
+            token_map (TokenMap, optional): Run on its groups instead of on
+                all tokens.
+
+        Returns:
+            Tensor: (B, P+N, C).
+        """
+        if token_map is None:
+            function, args = self._block, (x,)
+        else:
+            function, args = self._compressed_block, (x, token_map)
+        if self.with_cp and torch.is_grad_enabled():
+            return cp.checkpoint(function, *args, use_reentrant=False)
+        return function(*args)

@@ -1,0 +1,3 @@
+from .flops import count_macs
+
+__all__ = ['count_macs']
