@@ -225,6 +225,6 @@ def quiet_warnings() -> None:
     for pattern in (
         'Default ``avg_non_ignore`` is False',
         'The draw is False',
-        '.*`lr_scheduler.step\(\)` before `optimizer.step',
+        r'.*`lr_scheduler.step\(\)` before `optimizer.step',
     ):
         warnings.filterwarnings('ignore', message=pattern)

@@ -10,14 +10,13 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ..engine.scoring import (
     compress,
     describe,
     require_compressible,
 )
+from ..utils import ProgressReporter
 from ..version import __version__
 from .common import (
     add_common_arguments,
@@ -110,20 +109,14 @@ def main(argv: list[str] | None = None) -> None:
         check_data(cfg, 'train')
         hook = _hook(cfg)
         batches = args.score_iters or hook.get('score_iters', 50)
-        with Progress(
-            *Progress.get_default_columns()[:2],
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        ) as bar:
-            task = bar.add_task('Scoring batches', total=batches)
+        with ProgressReporter('Scoring batches', batches) as report:
             compress(
                 model,
                 cfg.train_dataloader,
                 batches,
                 hook.get('reduction', 'image'),
                 hook.get('seed', 0),
-                lambda done: bar.update(task, completed=done),
+                report,
             )
     print(describe(model))
     meta = {

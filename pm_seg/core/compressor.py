@@ -163,7 +163,7 @@ class TokenCompressor(nn.Module):
     def _check_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
         if layers is None:
             return tuple(range(self.depth))
-        chosen = sorted(set(int(i) for i in layers))
+        chosen = sorted({int(i) for i in layers})
         wrong = [i for i in chosen if not 0 <= i < self.depth]
         if wrong or not chosen:
             raise ValueError(

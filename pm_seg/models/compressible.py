@@ -109,9 +109,10 @@ class CompressibleMixin:
                     f'{tuple(value.shape)}{self._shape_remedy(key)}'
                 )
         for key in given:
-            if key not in own and key.startswith(self.own_keys):
-                if not (key.startswith(_COMPRESSOR) and not self.compressor):
-                    yield f'{key}: unexpected, the model has no such entry'
+            foreign = key not in own and key.startswith(self.own_keys)
+            explained = self.compressor is None and key.startswith(_COMPRESSOR)
+            if foreign and not explained:
+                yield f'{key}: unexpected, the model has no such entry'
 
     def _shape_remedy(self, key: str) -> str:
         if key.startswith(_COMPRESSOR):

@@ -1,3 +1,5 @@
 from .flops import count_macs
+from .progress import ProgressReporter
+from .timing import median, time_interleaved
 
-__all__ = ['count_macs']
+__all__ = ['ProgressReporter', 'count_macs', 'median', 'time_interleaved']

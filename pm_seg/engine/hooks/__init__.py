@@ -1,3 +1,4 @@
+from .progress_hook import ProgressHook
 from .prune_merge_hook import PruneMergeHook
 
-__all__ = ['PruneMergeHook']
+__all__ = ['ProgressHook', 'PruneMergeHook']

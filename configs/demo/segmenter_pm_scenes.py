@@ -1,0 +1,26 @@
+# The small Segmenter, compressed and fine-tuned from the dense checkpoint.
+_base_ = './segmenter_scenes.py'
+model = dict(
+    backbone=dict(
+        compression=dict(keep=0.5, thresholds='layer', layers=range(1, 6))
+    ),
+    decode_head=dict(
+        compression=dict(grid=(16, 16), keep=0.5, thresholds='layer')
+    ),
+)
+max_iters = 200
+optim_wrapper = dict(optimizer=dict(lr=3e-4))
+param_scheduler = [
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=0.0,
+        begin=0,
+        end=max_iters,
+        by_epoch=False,
+    )
+]
+train_cfg = dict(max_iters=max_iters)
+custom_hooks = [
+    dict(type='PruneMergeHook', score_iters=20),
+    dict(type='ProgressHook', title='Fine-tuning, compressed'),
+]

@@ -1,0 +1,46 @@
+"""Interleaved timing of several functions."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def time_interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    warmup: int = 3,
+) -> dict[str, list[float]]:
+    """Time functions in turns, so that drifts of the machine hit all alike.
+
+    Args:
+        functions (Mapping[str, Callable]): What to time, by name.
+        rounds (int): Timed calls of each. Defaults to 15.
+        warmup (int): Untimed calls of each before. Defaults to 3.
+
+    Returns:
+        dict[str, list[float]]: Seconds of each call.
+    """
+
+    def synchronise() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(-warmup, rounds):
+        for name, function in functions.items():
+            synchronise()
+            start = time.perf_counter()
+            function()
+            synchronise()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(seconds: list[float]) -> float:
+    """Median of a list of timings."""
+    return statistics.median(seconds)
