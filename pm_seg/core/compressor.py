@@ -63,7 +63,8 @@ class TokenCompressor(nn.Module):
     scores are resized bilinearly, each layer keeps its share of tokens, the
     builder forms new groups, and what was learned about the weights (their
     difference from the initial ones) is resized on top. Derived structures
-    are cached.
+    are cached; ``torch.compile(fullgraph=True)`` needs one eager call with a
+    new grid before.
 
     Args:
         depth (int): Number of transformer layers.
@@ -158,7 +159,7 @@ class TokenCompressor(nn.Module):
                 self.merge_matrix[str(layer)] = torch.zeros(slots, tokens)
                 self.restore_matrix[str(layer)] = torch.zeros(tokens, slots)
         self._enabled = True
-        self._forget_derived()
+        self._refresh()
 
     def _check_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
         if layers is None:
@@ -196,15 +197,18 @@ class TokenCompressor(nn.Module):
 
     # ---------------------------------------------------------------- state
 
-    def _forget_derived(self) -> None:
+    def _refresh(self) -> None:
+        """Derive anew what depends on the values or device of the buffers."""
         self._layouts: OrderedDict[tuple[Grid, str], _Layout] = OrderedDict()
-        self._ready: bool | None = None
+        self._ready = not self.group.is_meta and bool(
+            (self.group != PRUNED).any()
+        )
+        if self._ready:
+            self._layout(self.grid)
 
     @property
     def has_structure(self) -> bool:
         """Whether scores were given or a compressed checkpoint loaded."""
-        if self._ready is None:
-            self._ready = bool((self.group != PRUNED).any())
         return self._ready
 
     @property
@@ -240,16 +244,26 @@ class TokenCompressor(nn.Module):
 
     @torch.no_grad()
     def build(self) -> None:
-        """Derive structure and initial weights from the stored scores."""
-        scores = self._normalised(self.scores.cpu())
-        if self.given_groups is None:
-            centres, live = count_tokens(
-                scores, self.keep, self.prune, self.thresholds
-            )
-        else:
+        """Derive structure and initial weights from the stored scores.
+
+        Raises:
+            ValueError: If a layer would keep no token.
+        """
+        scores = self._normalised(self.scores.float().cpu())
+        centres, live = count_tokens(
+            scores, self.keep, self.prune, self.thresholds
+        )
+        if self.given_groups is not None:
             centres = list(self.given_groups)
-            num_live = self.num_tokens - int(self.num_tokens * self.prune)
-            live = [max(num_live, count) for count in centres]
+        for layer, count in zip(self.layers, centres):
+            if count == 0:
+                raise ValueError(
+                    f'layer {layer} would keep none of its {self.num_tokens} '
+                    f'tokens at keep={self.keep}: all its scores are below '
+                    "the global threshold; raise keep, use thresholds='layer' "
+                    'or leave the layer out of layers'
+                )
+        live = [max(pair) for pair in zip(live, centres)]
         self.set_groups(self._groups(scores, centres, live, self.grid))
 
     @torch.no_grad()
@@ -292,7 +306,7 @@ class TokenCompressor(nn.Module):
                     'centres than asked for'
                 )
         self.group.copy_(group)
-        self._forget_derived()
+        self._refresh()
         layout = self._layout(self.grid)
         if self.matrices == 'sparse':
             self.merge_weight.copy_(layout.merge)
@@ -307,11 +321,11 @@ class TokenCompressor(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._forget_derived()
+        self._refresh()
 
     def _apply(self, *args, **kwargs) -> TokenCompressor:
         module = super()._apply(*args, **kwargs)
-        self._forget_derived()
+        self._refresh()
         return module
 
     # ----------------------------------------------------------------- maps
@@ -433,12 +447,14 @@ class TokenCompressor(nn.Module):
             )
         return group
 
-    @torch.no_grad()
     def _layout(self, grid: Grid) -> _Layout:
+        layout = self._layouts.get((grid, str(self.group.device)))
+        return layout or self._derive_layout(grid)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _derive_layout(self, grid: Grid) -> _Layout:
         device = self.group.device
-        key = (grid, str(device))
-        if key in self._layouts:
-            return self._layouts[key]
         group, scores = self.group.cpu(), self.scores.float().cpu()
         if grid != self.grid:
             native = self._layout(self.grid)
@@ -453,7 +469,7 @@ class TokenCompressor(nn.Module):
                 live.append(min(max(round(alive * share), centres[-1]), total))
             group = self._groups(self._normalised(scores), centres, live, grid)
         layout = self._make_layout(group, scores, device)
-        self._layouts[key] = layout
+        self._layouts[grid, str(device)] = layout
         while len(self._layouts) > self.max_cached_layouts:
             self._layouts.popitem(last=False)
         return layout

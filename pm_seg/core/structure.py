@@ -105,11 +105,12 @@ def count_tokens(
         thresholds (str): 'global' or 'layer'.
 
     Returns:
-        tuple[list[int], list[int]]: Centres per layer; centres and merged
-        tokens (all but the pruned ones) per layer.
+        tuple[list[int], list[int]]: Centres per layer, 0 where no score
+        reaches a global threshold; centres and merged tokens (all but the
+        pruned ones) per layer.
 
     Raises:
-        ValueError: On rates out of range or a layer that keeps no token.
+        ValueError: On rates out of range.
     """
     check_rates(keep, prune)
     num_layers, num_tokens = scores.shape
@@ -129,13 +130,6 @@ def count_tokens(
         )
     centres = (scores >= high[:, None]).sum(1).tolist()
     live = (scores >= low[:, None]).sum(1).tolist()
-    for layer, count in enumerate(centres):
-        if count == 0:
-            raise ValueError(
-                f'compressed layer {layer} would keep none of its '
-                f'{num_tokens} tokens at keep={keep}; raise keep, use '
-                "thresholds='layer', or leave the layer out of layers"
-            )
     return centres, live
 
 

@@ -56,6 +56,16 @@ class _Canvas:
         self.rng = rng
         self.image = np.zeros((*size, 3), np.float32)
         self.label = np.zeros(size, np.uint8)
+        self.textures = [
+            cv2.resize(
+                rng.normal(0, 1, (8, 8)).astype(np.float32),
+                size[::-1],
+                interpolation=cv2.INTER_CUBIC,
+            )
+            + rng.normal(0, 0.5, size).astype(np.float32)
+            for _ in range(4)
+        ]
+        self.shade = np.linspace(6, -6, size[0], dtype=np.float32)
 
     def _points(self, points: list[tuple[float, float]]) -> np.ndarray:
         scale = np.array([self.width, self.height])
@@ -68,15 +78,11 @@ class _Canvas:
         inside = mask.astype(bool)
         if not inside.any():
             return
+        rows, columns = inside.nonzero()
         colour = np.array(colour) + self.rng.normal(0, 8, 3)
-        coarse = self.rng.normal(0, grain, (8, 8, 1)).astype(np.float32)
-        texture = cv2.resize(
-            coarse, (self.width, self.height), interpolation=cv2.INTER_CUBIC
-        )
-        fine = self.rng.normal(0, grain / 2, self.label.shape)
-        shade = np.linspace(6, -6, self.height)[:, None]
-        paint = colour + (texture + fine + shade)[..., None]
-        self.image[inside] = paint[inside]
+        texture = self.textures[self.rng.integers(len(self.textures))]
+        paint = grain * texture[rows, columns] + self.shade[rows]
+        self.image[rows, columns] = colour + paint[:, None]
         self.label[inside] = CLASS_IDS[name]
 
     def polygon(

@@ -1,5 +1,5 @@
 # Minutes on two CPU cores; progress bars instead of log lines.
-max_iters = 600
+max_iters = 450
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=1e-4),
@@ -7,13 +7,14 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys={'compressor': dict(decay_mult=0.0)}),
 )
 param_scheduler = [
+    dict(type='LinearLR', start_factor=0.05, begin=0, end=50, by_epoch=False),
     dict(
-        type='OneCycleLR',
-        eta_max=1e-3,
-        total_steps=max_iters,
-        pct_start=0.1,
+        type='CosineAnnealingLR',
+        eta_min=0.0,
+        begin=50,
+        end=max_iters,
         by_epoch=False,
-    )
+    ),
 ]
 train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=max_iters, val_interval=10**9

@@ -1,0 +1,199 @@
+"""The whole story in minutes: train, compress, fine-tune, measure, draw."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from mmseg.apis import inference_model, init_model
+from mmseg.models import EncoderDecoder
+from rich.console import Console
+from rich.table import Table
+
+from ..datasets.scenes import CLASS_IDS
+from ..utils import count_macs, median, time_interleaved
+from ..visualization import draw_groups, paint_labels, save_panels
+from . import compress, make_scenes, test, train
+from .common import quiet_warnings, resolve_config
+
+BATCH = 8
+console = Console(width=80, highlight=False)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='demo.py',
+        description='Draw a small dataset, train a Segmenter on it, compress '
+        'it, fine-tune it, and compare both in accuracy and speed.',
+    )
+    parser.add_argument('--work-dir', default='work_dirs/demo')
+    parser.add_argument(
+        '--quick',
+        action='store_true',
+        help='a few images and iterations, to see that everything runs',
+    )
+    return parser.parse_args(argv)
+
+
+def _run(tool, *arguments: str):
+    """Run a tool in this process, showing the command that does the same."""
+    name = tool.__name__.rsplit('.', 1)[-1]
+    console.print(
+        f'\n[bold]$ python tools/{name}.py {shlex.join(arguments)}[/bold]',
+        soft_wrap=True,
+    )
+    return tool.main(list(arguments))
+
+
+def _last(work_dir: Path) -> Path:
+    """The checkpoint a training run ended with."""
+    return Path((work_dir / 'last_checkpoint').read_text().strip())
+
+
+def _load(config: str, checkpoint: Path) -> EncoderDecoder:
+    return init_model(resolve_config(config), str(checkpoint), 'cpu')
+
+
+def _measure(
+    models: dict[str, EncoderDecoder], size: tuple[int, int]
+) -> dict[str, dict[str, float]]:
+    """GMACs and CPU time per image of each model, timed in turns."""
+    images = torch.randn(BATCH, 3, *size)
+
+    def call(model: EncoderDecoder):
+        return lambda: model(images)
+
+    with torch.no_grad():
+        seconds = time_interleaved({n: call(m) for n, m in models.items()})
+    return {
+        name: {
+            'gmacs': count_macs(call(model)) / BATCH / 1e9,
+            'ms': median(seconds[name]) / BATCH * 1e3,
+        }
+        for name, model in models.items()
+    }
+
+
+def _draw(
+    path: Path, root: Path, dense: EncoderDecoder, small: EncoderDecoder
+) -> None:
+    """Image, groups, both predictions and the annotation of four scenes."""
+    palette = dense.dataset_meta['palette']
+    label_map = np.full(256, 255, np.uint8)
+    classes = dense.dataset_meta['classes']
+    for new, name in enumerate(classes):
+        label_map[CLASS_IDS[name]] = new
+    compressor = small.backbone.compressor
+    layer = min(compressor.layers)
+    group = compressor.group[layer].view(compressor.grid).numpy()
+    rows = []
+    for file in sorted((root / 'images' / 'validation').iterdir())[:4]:
+        image = cv2.imread(str(file))
+        truth = cv2.imread(
+            str(root / 'annotations' / 'validation' / f'{file.stem}.png'), 0
+        )
+        predictions = [
+            inference_model(model, image).pred_sem_seg.data[0].cpu().numpy()
+            for model in (dense, small)
+        ]
+        rgb = image[..., ::-1]
+        square = cv2.resize(rgb, (256, 256))
+        groups = cv2.resize(draw_groups(square, group), rgb.shape[1::-1])
+        labels = [*predictions, label_map[truth]]
+        rows.append([rgb, groups, *(paint_labels(m, palette) for m in labels)])
+    titles = [
+        'image',
+        f'token groups, layer {layer}',
+        'dense',
+        'compressed',
+        'annotation',
+    ]
+    save_panels(path, rows, titles)
+
+
+def _table(results: dict[str, dict[str, float]]) -> Table:
+    table = Table(title='Dense against compressed (CPU, fp32, batch 8)')
+    for column in ('model', 'mIoU', 'GMACs', 'ms/image', 'images/s', 'speed'):
+        table.add_column(column, justify='left' if column == 'model' else None)
+    base = results['dense']['ms']
+    for name, row in results.items():
+        table.add_row(
+            name,
+            f'{row["miou"]:.2f}',
+            f'{row["gmacs"]:.2f}',
+            f'{row["ms"]:.1f}',
+            f'{1e3 / row["ms"]:.1f}',
+            f'{base / row["ms"]:.2f}x',
+        )
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``tools/demo.py``."""
+    args = parse_args(argv)
+    quiet_warnings()
+    for pattern in ('.*reduce_zero_label', '.*has been created, the method'):
+        warnings.filterwarnings('ignore', message=pattern)
+    start = time.monotonic()
+    work = Path(args.work_dir)
+    data = work / 'data'
+    dense_cfg = 'configs/demo/segmenter_scenes.py'
+    small_cfg = 'configs/demo/segmenter_pm_scenes.py'
+    scenes, options = [], ['--cfg-options', f'data_root={data}']
+    if args.quick:
+        scenes = ['--num-train', '16', '--num-val', '4']
+        options += ['train_cfg.max_iters=6']
+
+    console.rule('1. Data, and a dense Segmenter to start from')
+    _run(make_scenes, str(data), *scenes)
+    dense_dir, small_dir = work / 'dense', work / 'compressed'
+    _run(train, dense_cfg, '--work-dir', str(dense_dir), *options)
+    dense = _last(dense_dir)
+    miou = {'dense': _run(test, dense_cfg, str(dense), *options)}
+
+    console.rule('2. Score its tokens on training images and compress it')
+    start_pth = work / 'compressed.pth'
+    _run(compress, small_cfg, str(dense), '--out', str(start_pth), *options)
+    miou['compressed'] = _run(test, small_cfg, str(start_pth), *options)
+
+    console.rule('3. Fine-tune the compressed model')
+    _run(
+        train, small_cfg, '--work-dir', str(small_dir), *options,
+        f'load_from={start_pth}',
+    )  # fmt: skip
+    small = _last(small_dir)
+    miou['compressed, fine-tuned'] = _run(
+        test, small_cfg, str(small), *options
+    )
+
+    console.rule('4. Compare')
+    models = {
+        'dense': _load(dense_cfg, dense),
+        'compressed, fine-tuned': _load(small_cfg, small),
+    }
+    size = models['dense'].backbone.img_size
+    results = _measure(models, size)
+    results['compressed'] = dict(results['compressed, fine-tuned'])
+    for name, metrics in miou.items():
+        results[name]['miou'] = float(metrics['mIoU'])
+    results = {name: results[name] for name in miou}
+    picture = work / 'demo.png'
+    _draw(picture, data, *models.values())
+    (work / 'demo.json').write_text(json.dumps(results, indent=2) + '\n')
+    console.print(_table(results))
+    console.print(
+        f'Pictures: {picture}\nNumbers:  {work / "demo.json"}\n'
+        f'Took {time.monotonic() - start:.0f} s. A model this small, trained '
+        'this briefly, shows how\nthings work; see the README for results.'
+    )
+
+
+if __name__ == '__main__':
+    main()

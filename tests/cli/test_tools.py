@@ -1,0 +1,240 @@
+"""The command line tools, run as a user would."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from conftest import ROOT, SHARED, run_tool, shared_path
+
+SMALL = """
+_base_ = '{root}/configs/demo/segmenter_pm_scenes.py'
+log_level = 'INFO'
+crop_size = (64, 64)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='Resize', scale=(80, 80)),
+    dict(type='RandomCrop', crop_size=crop_size),
+    dict(type='PackSegInputs'),
+]
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(img_size=crop_size, num_layers=2,
+                  compression=dict(layers=[1])),
+    decode_head=dict(compression=dict(grid=(4, 4))),
+    test_cfg=dict(_delete_=True, mode='slide', crop_size=crop_size,
+                  stride=(48, 48)),
+)
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False,
+    dataset=dict(data_root='{data}', pipeline=train_pipeline))
+val_dataloader = dict(num_workers=0, persistent_workers=False,
+                      dataset=dict(data_root='{data}'))
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=2)
+custom_hooks = [dict(type='PruneMergeHook', score_iters=2)]
+"""
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
+    """A user's folder: a config, and the checkpoint of a dense run."""
+    folder = tmp_path_factory.mktemp('work')
+    (folder / 'pm.py').write_text(SMALL.format(root=ROOT, data=scenes))
+    (folder / 'dense.py').write_text(
+        "_base_ = './pm.py'\nmodel = dict(backbone=dict(compression=None), "
+        'decode_head=dict(compression=None))\ncustom_hooks = []\n'
+    )
+    run_tool(ROOT / 'tools/train.py', 'dense.py', cwd=folder)
+    return folder
+
+
+def miou(output: str) -> float:
+    return float(re.findall(r'mIoU: +([\d.]+)', output)[-1])
+
+
+def test_compress_then_test_then_train(work: Path, scenes: Path) -> None:
+    dense = work / 'work_dirs/dense/iter_2.pth'
+    out = run_tool(
+        ROOT / 'tools/compress.py', 'pm.py', dense, '--out', 'pm.pth',
+        '--keep', '0.25', cwd=work,
+    )  # fmt: skip
+    assert 'Scoring batches' in out.stderr
+    assert re.search(r'1 +4 +0 +25%', out.stdout), out.stdout
+    state = torch.load(work / 'pm.pth', weights_only=True)['state_dict']
+    assert int(state['backbone.compressor.group'][1].max()) == 3
+    assert not list(work.glob('*.partial'))
+
+    tested = run_tool(
+        ROOT / 'tools/test.py', 'pm.py', 'pm.pth', '--show-dir', 'drawn',
+        '--out', 'predicted', cwd=work,
+    )  # fmt: skip
+    assert 0 <= miou(tested.stdout) <= 100
+    pictures = list((work / 'drawn').rglob('*.png'))
+    assert len(pictures) == 3
+    for path in (work / 'predicted').glob('*.png'):
+        original = scenes / f'annotations/validation/{path.name}'
+        assert cv2.imread(str(path)).shape == cv2.imread(str(original)).shape
+    assert len(list((work / 'predicted').iterdir())) == 3
+
+    tta = run_tool(
+        ROOT / 'tools/test.py', 'pm.py', 'pm.pth', '--tta', cwd=work
+    )
+    assert 0 <= miou(tta.stdout) <= 100
+
+    trained = run_tool(
+        ROOT / 'tools/train.py', 'pm.py', '--amp', '--cfg-options',
+        'load_from=pm.pth', cwd=work,
+    )  # fmt: skip
+    assert 'keeping its structure' in trained.stdout
+    assert (work / 'work_dirs/pm/iter_2.pth').is_file()
+
+
+def test_structuring_anew_needs_no_data(work: Path) -> None:
+    dense = work / 'work_dirs/dense/iter_2.pth'
+    run_tool(
+        ROOT / 'tools/compress.py', 'pm.py', dense, '--out', 'a.pth', cwd=work
+    )
+    out = run_tool(
+        ROOT / 'tools/compress.py', 'pm.py', 'a.pth', '--out', 'b.pth',
+        '--keep', '0.75', '--cfg-options', 'data_root=/nowhere', cwd=work,
+    )  # fmt: skip
+    assert 'only structuring it' in out.stdout
+    assert re.search(r'1 +12 +0 +75%', out.stdout)
+
+
+def test_train_scores_and_compresses_in_one_command(work: Path) -> None:
+    out = run_tool(
+        ROOT / 'tools/train.py', 'pm.py', '--work-dir', 'one', '--cfg-options',
+        f'load_from={work}/work_dirs/dense/iter_2.pth', cwd=work,
+    )  # fmt: skip
+    assert 'Scored [2/2] batches' in out.stdout
+    assert 'Token compression' in out.stdout
+    tested = run_tool(
+        ROOT / 'tools/test.py', 'pm.py', 'one/iter_2.pth', cwd=work
+    )
+    assert 0 <= miou(tested.stdout) <= 100
+
+
+def test_a_dense_checkpoint_is_not_tested_as_a_compressed_one(work) -> None:
+    dense = work / 'work_dirs/dense/iter_2.pth'
+    out = run_tool(
+        ROOT / 'tools/test.py', 'pm.py', dense, cwd=work, check=False
+    )
+    assert out.returncode != 0
+    assert 'tools/compress.py' in out.stderr
+
+
+def test_a_wrong_checkpoint_fails_saying_which_key(work: Path) -> None:
+    saved = torch.load(work / 'work_dirs/dense/iter_2.pth', weights_only=False)
+    key = 'backbone.layers.0.ffn.layers.1.weight'
+    saved['state_dict'][key] = saved['state_dict'][key][:-1]
+    torch.save(dict(state_dict=saved['state_dict']), work / 'wrong.pth')
+    out = run_tool(
+        ROOT / 'tools/test.py', 'dense.py', 'wrong.pth', cwd=work, check=False
+    )
+    assert out.returncode != 0
+    assert 'layers.0.ffn.layers.1.weight: shape (191, 768)' in out.stderr
+
+
+def test_missing_data_and_checkpoint(tmp_path: Path) -> None:
+    config = 'configs/segmenter_vit-t_pm_camvid.py'
+    out = run_tool(ROOT / 'tools/train.py', config, cwd=tmp_path, check=False)
+    assert out.returncode == 1
+    assert 'data/camvid/images/train does not exist' in out.stderr
+    assert 'Traceback' not in out.stderr
+    out = run_tool(
+        ROOT / 'tools/test.py', config, 'no.pth', cwd=tmp_path, check=False
+    )
+    assert out.returncode == 1
+    assert 'Checkpoint not found: no.pth' in out.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_main_ade20k_config_runs_on_scenes(
+    scenes: Path, tmp_path: Path
+) -> None:
+    """Nothing changed but the data root and the number of iterations."""
+    options = [
+        '--cfg-options', f'data_root={scenes}', 'load_from=None',
+        'train_cfg.max_iters=1', 'train_cfg.val_interval=10',
+        'custom_hooks.0.score_iters=1', 'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+    ]  # fmt: skip
+    config = 'configs/segmenter_vit-s_pm_ade20k.py'
+    run_tool(ROOT / 'tools/train.py', config, *options, cwd=tmp_path)
+    name = tmp_path / 'work_dirs/segmenter_vit-s_pm_ade20k'
+    out = run_tool(
+        ROOT / 'tools/test.py', config, name / 'iter_1.pth', *options[:2],
+        '--show-dir', 'drawn', cwd=tmp_path,
+    )  # fmt: skip
+    assert 0 <= miou(out.stdout) <= 100
+    assert len(list((tmp_path / 'drawn').rglob('*.png'))) == 3
+
+
+def test_make_scenes(tmp_path: Path) -> None:
+    out = run_tool(
+        ROOT / 'tools/make_scenes.py', tmp_path, '--num-train', '3',
+        '--num-val', '2',
+    )  # fmt: skip
+    assert 'Wrote 5 scenes' in out.stdout
+    assert len(list(tmp_path.rglob('*.png'))) == 5
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    out = run_tool(
+        ROOT / 'tools/demo.py', '--quick', '--work-dir', tmp_path / 'demo'
+    )
+    assert 'compressed, fine-tuned' in out.stdout
+    assert cv2.imread(str(tmp_path / 'demo/demo.png')) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stock', [False, True])
+def test_camvid_miou(tmp_path: Path, stock: bool) -> None:
+    """mIoU of the given checkpoint on the validation images: 68.63."""
+    shared_path('data/camvid')
+    options = [f'data_root={SHARED}/data/camvid']
+    if stock:
+        options += [
+            'model.backbone.type=VisionTransformer',
+            'model.backbone.patch_bias=True',
+            'model.decode_head.type=SegmenterMaskTransformerHead',
+        ]
+    out = run_tool(
+        ROOT / 'tools/test.py', 'configs/segmenter_vit-t_camvid.py',
+        shared_path('weights/segmenter_vit-t_camvid.pth'),
+        '--cfg-options', *options, cwd=tmp_path,
+    )  # fmt: skip
+    assert miou(out.stdout) == pytest.approx(68.63, abs=0.02)
+
+
+@pytest.mark.slow
+def test_camvid_compress_train_test(tmp_path: Path) -> None:
+    """The main job on real data: keep 0.7, a few iterations, sane mIoU."""
+    shared_path('data/camvid')
+    (tmp_path / 'checkpoints').mkdir()
+    shutil.copy(
+        shared_path('weights/segmenter_vit-t_camvid.pth'),
+        tmp_path / 'checkpoints',
+    )
+    config = 'configs/segmenter_vit-t_pm_camvid.py'
+    data = f'data_root={SHARED}/data/camvid'
+    run_tool(
+        ROOT / 'tools/train.py', config, '--cfg-options', data,
+        'train_cfg.max_iters=20', 'train_cfg.val_interval=100',
+        'param_scheduler.1.end=20', 'param_scheduler.0.end=5',
+        'param_scheduler.1.begin=5', cwd=tmp_path,
+    )  # fmt: skip
+    saved = tmp_path / 'work_dirs/segmenter_vit-t_pm_camvid/iter_20.pth'
+    out = run_tool(
+        ROOT / 'tools/test.py', config, saved, '--cfg-options', data,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert 62 < miou(out.stdout) < 70

@@ -1,0 +1,222 @@
+"""Structures, weights and state of the token compressor."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pm_seg.core import TokenCompressor
+
+GRID = (4, 6)
+
+
+def compressor(scores: bool = True, depth: int = 3, **options):
+    torch.manual_seed(1)
+    options = {'keep': 0.5, **options}
+    out = TokenCompressor(depth, options.pop('grid', GRID), 1, **options)
+    if scores:
+        out.set_scores(torch.rand(depth, out.num_tokens) + 0.01)
+    return out
+
+
+def test_needs_a_structure() -> None:
+    module = compressor(scores=False)
+    assert not module.has_structure
+    with pytest.raises(RuntimeError, match='there is no structure yet'):
+        module.token_maps(GRID)
+    with module.disabled():
+        assert module.token_maps(GRID) == [None] * 3
+
+
+def test_layers_left_dense() -> None:
+    module = compressor(layers=[1, 2], thresholds='layer')
+    maps = module.token_maps(GRID)
+    assert maps[0] is None
+    assert [m.num_slots for m in maps[1:]] == [13, 13]
+    assert module.num_groups == [24, 12, 12]
+
+
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.sampled_from(['nearest_centre', 'row_window']),
+    st.sampled_from(['global', 'layer']),
+    st.sampled_from([0.0, 0.2]),
+    st.integers(0, 100),
+)
+@settings(max_examples=60, deadline=None)
+def test_other_grids_stay_partitions(
+    grid, builder: str, thresholds: str, prune: float, seed: int
+) -> None:
+    module = compressor(
+        builder=builder, thresholds=thresholds, prune=prune, keep=0.6
+    )
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        module.merge_weight += 0.1 * torch.rand_like(module.merge_weight)
+    for native, token_map in zip(module.num_groups, module.token_maps(grid)):
+        total = grid[0] * grid[1]
+        assert token_map.slot.numel() == total + 1
+        live = token_map.live
+        if live is None:
+            live = torch.ones(total + 1, dtype=torch.bool)
+        used = token_map.slot[live].unique()
+        assert torch.equal(used, torch.arange(token_map.num_slots))
+        assert (token_map.merge_weight[~live] == 0).all()
+        expected = max(round(native * total / 24), 1)
+        # bilinear enlargement can make equal scores, hence equal ranks
+        assert token_map.num_slots - 1 >= expected
+        x = torch.randn(2, total + 1, 4)
+        z = token_map.merge(x)
+        assert token_map.restore(x, z, z).shape == x.shape
+
+
+def test_same_grid_and_wider_grid_are_derived_once() -> None:
+    module = compressor()
+    first = module.token_maps((6, 4))[0].slot
+    assert module.token_maps((6, 4))[0].slot.data_ptr() == first.data_ptr()
+    for width in range(1, 40):
+        module.token_maps((2, width))
+    assert len(module._layouts) <= module.max_cached_layouts
+
+
+def test_learned_weights_carry_over_to_other_grids() -> None:
+    module = compressor(weights='mean')
+    grid = (8, 12)
+    before = module.token_maps(grid)[1].restore_weight.clone()
+    with torch.no_grad():
+        module.restore_weight += 0.25
+    after = module.token_maps(grid)[1].restore_weight
+    torch.testing.assert_close(after[1:], before[1:] + 0.25)
+    after.sum().backward()
+    assert module.restore_weight.grad[1].abs().sum() > 0
+
+
+def test_pruned_tokens_get_no_gradient() -> None:
+    module = compressor(prune=0.3)
+    pruned = module.group == -1
+    assert pruned.any()
+    x = torch.randn(2, 25, 4)
+    for token_map in module.token_maps(GRID):
+        z = token_map.merge(x)
+        x = token_map.restore(x, z, z.sin())
+    x.square().sum().backward()
+    assert (module.merge_weight.grad[pruned] == 0).all()
+    assert (module.restore_weight.grad[pruned] == 0).all()
+    assert (module.merge_weight.grad[~pruned] != 0).any()
+
+
+@pytest.mark.parametrize('matrices', ['sparse', 'dense'])
+def test_state_dict_round_trip(matrices: str) -> None:
+    options = dict(
+        matrices=matrices,
+        num_groups=[12, 10, 8] if matrices == 'dense' else None,
+        prune=0.1,
+    )
+    module = compressor(**options)
+    other = compressor(scores=False, **options)
+    shapes = {k: v.shape for k, v in other.state_dict().items()}
+    other.load_state_dict(module.state_dict())
+    assert {k: v.shape for k, v in other.state_dict().items()} == shapes
+    assert other.num_groups == module.num_groups
+    x = torch.randn(2, 25, 4)
+    for a, b in zip(module.token_maps(GRID), other.token_maps(GRID)):
+        assert torch.equal(a.merge(x), b.merge(x))
+    clone = copy.deepcopy(module)
+    assert clone.num_groups == module.num_groups
+
+
+@pytest.mark.parametrize('restore', ['replace', 'residual'])
+def test_dense_form_starts_as_the_sparse_one(restore: str) -> None:
+    sparse = compressor(restore=restore, prune=0.1, thresholds='layer')
+    dense = compressor(
+        scores=False, restore=restore, prune=0.1, thresholds='layer',
+        matrices='dense',
+        num_groups=sparse.num_groups,
+    )  # fmt: skip
+    dense.set_scores(sparse.scores)
+    x = torch.randn(2, 25, 4)
+    for a, b in zip(sparse.token_maps(GRID), dense.token_maps(GRID)):
+        z = a.merge(x)
+        torch.testing.assert_close(b.merge(x), z)
+        y = torch.randn_like(z)
+        torch.testing.assert_close(b.restore(x, z, y), a.restore(x, z, y))
+
+
+def test_dense_form_on_another_grid() -> None:
+    """Resizing keeps constants: a flat map stays flat."""
+    dense = compressor(
+        matrices='dense', num_groups=[12, 10, 8], weights='mean'
+    )
+    grid = (7, 5)
+    x = torch.ones(1, 36, 2)
+    for token_map in dense.token_maps(grid):
+        z = token_map.merge(x)
+        assert z.shape[1] == token_map.num_slots
+        out = token_map.restore(x, z, 2 * z)
+        assert out.shape == x.shape and torch.isfinite(out).all()
+
+
+def test_structure_follows_new_scores_and_keep() -> None:
+    module = compressor(thresholds='layer')
+    shapes = {k: v.shape for k, v in module.state_dict().items()}
+    module.keep = 0.25
+    module.build()
+    assert module.num_groups == [6, 6, 6]
+    assert {k: v.shape for k, v in module.state_dict().items()} == shapes
+
+
+def test_follows_the_dtype() -> None:
+    module = compressor().to(torch.bfloat16)
+    x = torch.randn(2, 25, 4, dtype=torch.bfloat16)
+    for token_map in (*module.token_maps(GRID), *module.token_maps((5, 5))):
+        tokens = token_map.slot.numel()
+        z = token_map.merge(x[:, :1].expand(-1, tokens, -1))
+        assert z.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(keep=0), 'keep=0 is not in'),
+        (dict(keep=0.9, prune=0.2), 'is above 1'),
+        (dict(layers=[3]), 'must name at least one of the layers 0..2'),
+        (dict(layers=[]), 'must name at least one'),
+        (dict(builder='x'), "builder='x' is unknown"),
+        (dict(thresholds='x'), "thresholds='x' is unknown"),
+        (dict(restore='x'), "restore='x' is unknown"),
+        (dict(weights='x'), "weights='x' is unknown"),
+        (dict(matrices='x'), "matrices='x' is unknown"),
+        (dict(matrices='dense'), 'needs num_groups'),
+        (dict(num_groups=[1, 2]), 'must hold 3 counts'),
+        (dict(num_groups=[1, 2, 25]), 'must hold 3 counts'),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compressor(scores=False, **options)
+
+
+def test_a_layer_that_would_keep_nothing() -> None:
+    module = compressor(scores=False, decay=0.4)
+    with pytest.raises(ValueError, match='layer 2 would keep none'):
+        module.set_scores(torch.rand(3, 24) * 0.01 + 1)
+
+
+def test_bad_scores_and_groups() -> None:
+    module = compressor(scores=False)
+    with pytest.raises(ValueError, match=r'expected \(3, 24\)'):
+        module.set_scores(torch.rand(3, 25))
+    with pytest.raises(ValueError, match='all zero'):
+        module.set_scores(torch.zeros(3, 24))
+    assert not module.has_structure
+    with pytest.raises(ValueError, match='without gaps'):
+        module.set_groups(torch.full((3, 24), 2))
+    with pytest.raises(ValueError, match='group has shape'):
+        module.set_groups(torch.zeros(3, 5, dtype=torch.long))
+    fixed = compressor(scores=False, num_groups=[3, 3, 3])
+    with pytest.raises(ValueError, match='num_groups says'):
+        fixed.set_groups(torch.arange(24).repeat(3, 1))

@@ -1,0 +1,131 @@
+"""Training through the runner: scoring, compression, several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_tool
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from pm_seg.engine import PruneMergeHook
+from pm_seg.engine.scoring import compressible_modules
+
+# Trains a step, then compares all weights and buffers over the processes.
+DISTRIBUTED = """
+import sys
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+torch.set_num_threads(1)
+cfg = Config.fromfile(sys.argv[1])
+cfg.launcher = 'pytorch'
+cfg.env_cfg.dist_cfg.backend = 'gloo'
+runner = Runner.from_cfg(cfg)
+model = runner.train()
+state = model.module.state_dict()
+for key, value in state.items():
+    copies = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(copies, value.contiguous())
+    assert torch.equal(copies[0], copies[1]), key
+assert model.module.backbone.compressor.has_structure
+if dist.get_rank() == 0:
+    torch.save(state['backbone.compressor.scores'], sys.argv[2])
+    print('IDENTICAL', len(state))
+"""
+
+
+def config(scenes: Path, work_dir: Path, iters: int = 2) -> Config:
+    cfg = Config.fromfile(ROOT / 'configs/demo/segmenter_pm_scenes.py')
+    cfg.model.backbone.update(img_size=(64, 64), num_layers=2)
+    cfg.model.backbone.compression.layers = [1]
+    cfg.model.decode_head.compression.grid = (4, 4)
+    cfg.model.data_preprocessor.size = (64, 64)
+    for name in ('train', 'val', 'test'):
+        loader = cfg[f'{name}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(scenes)
+        for step in loader.dataset.pipeline:
+            if step['type'] == 'RandomCrop':
+                step['crop_size'] = (64, 64)
+    cfg.train_dataloader.batch_size = 2
+    cfg.train_cfg.max_iters = iters
+    cfg.custom_hooks = [dict(type='PruneMergeHook', score_iters=2)]
+    cfg.default_hooks.logger.interval = 1
+    cfg.work_dir = str(work_dir)
+    return cfg
+
+
+def test_scores_compresses_and_trains(scenes: Path, tmp_path: Path) -> None:
+    cfg = config(scenes, tmp_path)
+    runner = Runner.from_cfg(cfg)
+    model = runner.train()
+    for module in compressible_modules(model).values():
+        assert module.compressor.has_structure
+    saved = torch.load(tmp_path / 'iter_2.pth', weights_only=False)
+    scores = saved['state_dict']['backbone.compressor.scores']
+    assert scores.shape == (2, 16) and (scores > 0).any()
+    decay = {
+        id(p): group['weight_decay']
+        for group in runner.optim_wrapper.param_groups
+        for p in group['params']
+    }
+    compressor = model.backbone.compressor
+    assert decay[id(compressor.merge_weight)] == 0
+    assert decay[id(model.backbone.pos_embed)] > 0
+
+
+def test_keeps_the_structure_of_a_checkpoint(
+    scenes: Path, tmp_path: Path
+) -> None:
+    cfg = config(scenes, tmp_path / 'first')
+    group = Runner.from_cfg(cfg).train().backbone.compressor.group.clone()
+    again = config(scenes, tmp_path / 'second')
+    again.load_from = str(tmp_path / 'first' / 'iter_2.pth')
+    again.model.backbone.compression.keep = 0.25
+    model = Runner.from_cfg(again).train()
+    assert torch.equal(model.backbone.compressor.group, group)
+
+
+def test_scoring_does_not_shift_training(scenes, tmp_path) -> None:
+    """The batches seen in training do not depend on how many were scored."""
+    seen = []
+    for score_iters in (1, 3):
+        cfg = config(scenes, tmp_path / str(score_iters), iters=1)
+        cfg.custom_hooks[0].score_iters = score_iters
+        runner = Runner.from_cfg(cfg)
+        losses = []
+        step = runner.model.data_preprocessor.forward
+
+        def watch(data, training=False, step=step, losses=losses):
+            losses.append(torch.stack(data['inputs']).double().sum().item())
+            return step(data, training)
+
+        runner.model.data_preprocessor.forward = watch
+        runner.train()
+        assert len(losses) == score_iters + 1
+        seen.append(losses[-1])
+    assert seen[0] == seen[1]
+
+
+def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
+    cfg = config(scenes, tmp_path / 'work', iters=1)
+    cfg.dump(tmp_path / 'config.py')
+    script = tmp_path / 'distributed.py'
+    script.write_text(DISTRIBUTED)
+    result = run_tool(
+        '-m', 'torch.distributed.run', '--nproc_per_node=2',
+        '--master_port=29511', script, tmp_path / 'config.py',
+        tmp_path / 'scores.pth',
+    )  # fmt: skip
+    assert 'IDENTICAL' in result.stdout, result.stdout[-2000:]
+    assert torch.load(tmp_path / 'scores.pth').shape == (2, 16)
+
+
+def test_bad_score_iters() -> None:
+    with pytest.raises(ValueError, match='score_iters=0'):
+        PruneMergeHook(score_iters=0)

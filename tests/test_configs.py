@@ -1,0 +1,124 @@
+"""Shipped configs build and agree with mmseg's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mmseg
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+
+CONFIGS = sorted(
+    str(path.relative_to(ROOT / 'configs'))
+    for path in (ROOT / 'configs').rglob('*.py')
+    if '_base_' not in path.parts
+)
+HUGE = ('vit-b', 'vit-l')
+
+
+def read(name: str) -> Config:
+    return Config.fromfile(ROOT / 'configs' / name)
+
+
+def test_the_promised_configs_are_there() -> None:
+    for size in 'tsbl':
+        assert f'segmenter_vit-{size}_ade20k.py' in CONFIGS
+        assert f'segmenter_vit-{size}_pm_ade20k.py' in CONFIGS
+    assert 'segmenter_vit-t_camvid.py' in CONFIGS
+    assert 'segmenter_vit-t_pm_camvid.py' in CONFIGS
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_builds_and_runs(name: str) -> None:
+    if any(size in name for size in HUGE):
+        pytest.skip('built by the slow test')
+    build_and_run(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name', [n for n in CONFIGS if any(size in n for size in HUGE)]
+)
+def test_builds_and_runs_huge(name: str) -> None:
+    build_and_run(name)
+
+
+def build_and_run(name: str) -> None:
+    cfg = read(name)
+    init_default_scope(cfg.default_scope)
+    cfg.model.pretrained = None
+    model = MODELS.build(cfg.model).eval()
+    size = cfg.model.data_preprocessor.size
+    modules = [model.backbone, model.decode_head]
+    assert all(
+        (module.compressor is not None) == ('_pm_' in name)
+        for module in modules
+    )
+    for module in modules:
+        if module.compressor:
+            scores = torch.rand_like(module.compressor.scores) + 0.1
+            module.compressor.set_scores(scores)
+    with torch.no_grad():
+        out = model(torch.zeros(1, 3, *size))
+    classes = cfg.model.decode_head.num_classes
+    assert out.shape == (1, classes, size[0] // 16, size[1] // 16)
+    crop = next(
+        step.crop_size
+        for step in cfg.train_dataloader.dataset.pipeline
+        if step.type == 'RandomCrop'
+    )
+    assert tuple(crop) == tuple(size) == tuple(model.backbone.img_size)
+    if model.test_cfg.mode == 'slide':
+        assert tuple(model.test_cfg.crop_size) == tuple(size)
+
+
+@pytest.mark.parametrize('name', [n for n in CONFIGS if '_pm_' in n])
+def test_pm_configs_differ_from_their_dense_twin_in_compression(name) -> None:
+    pm, dense = read(name).model, read(name.replace('_pm_', '_')).model
+    assert pm.backbone.pop('compression') and 'compression' not in dense
+    assert pm.decode_head.pop('compression')
+    dense.pop('pretrained', None)
+    assert pm == dense
+
+
+@pytest.mark.parametrize('size', 'tsbl')
+def test_dense_models_are_those_of_mmseg(size: str) -> None:
+    folder = Path(mmseg.__path__[0]) / '.mim' / 'configs' / 'segmenter'
+    files = list(folder.glob(f'segmenter_vit-{size}_mask_*.py'))
+    if not files:
+        pytest.skip('this mmseg ships no configs')
+    ours = read(f'segmenter_vit-{size}_ade20k.py')
+    stock = Config.fromfile(files[0])
+    a, b = ours.model, stock.model
+    assert Path(a.pop('pretrained')).name == Path(b.pop('pretrained')).name
+    assert a.backbone.pop('type') == 'PM' + b.backbone.pop('type')
+    assert a.decode_head.pop('type') == 'PM' + b.decode_head.pop('type')
+    for rate in ('attn_drop_rate', 'drop_rate'):
+        assert b.backbone.pop(rate) == 0
+    for cfg in (a, b):
+        cfg.backbone.img_size = tuple(cfg.backbone.img_size)
+        cfg.data_preprocessor.size = tuple(cfg.data_preprocessor.size)
+    assert a == b
+    for split in ('train', 'val'):
+        ours_steps = ours[f'{split}_dataloader'].dataset.pipeline
+        stock_steps = stock[f'{split}_dataloader'].dataset.pipeline
+        assert ours_steps == stock_steps
+
+
+@pytest.mark.parametrize(
+    'name', [n for n in CONFIGS if n.endswith('_pm_ade20k.py')]
+)
+def test_fine_tuning_follows_the_paper(name: str) -> None:
+    """AdamW 1e-4, cosine, weight decay 1e-4, 50 epochs of 20210 images."""
+    cfg = read(name)
+    optimizer = cfg.optim_wrapper.optimizer
+    assert optimizer == dict(type='AdamW', lr=1e-4, weight_decay=1e-4)
+    assert cfg.param_scheduler[-1].type == 'CosineAnnealingLR'
+    assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
+    images = cfg.train_cfg.max_iters * cfg.auto_scale_lr.base_batch_size
+    assert images / 20210 == pytest.approx(50, rel=0.02)
+    assert 'segmenter_vit-' in cfg.load_from

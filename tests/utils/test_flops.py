@@ -1,0 +1,65 @@
+"""MACs against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pm_seg.models import PMVisionTransformer
+from pm_seg.utils import count_macs
+
+DIMS, LAYERS, HEADS, PATCH = 24, 3, 3, 16
+
+
+def backbone(compression: dict | None) -> PMVisionTransformer:
+    model = PMVisionTransformer(
+        img_size=64,
+        patch_size=PATCH,
+        embed_dims=DIMS,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        compression=compression,
+    )
+    if compression:
+        compressor = model.compressor
+        compressor.set_scores(torch.rand_like(compressor.scores) + 0.1)
+    return model.eval()
+
+
+def block_macs(tokens: int) -> int:
+    """qkv + projection + 4x MLP, and the two products of attention."""
+    return 12 * tokens * DIMS**2 + 2 * tokens**2 * DIMS
+
+
+EMBED = 16 * 3 * PATCH**2 * DIMS
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+def test_dense_model(batch: int) -> None:
+    model = backbone(None)
+    images = torch.randn(batch, 3, 64, 64)
+    expected = batch * (EMBED + LAYERS * block_macs(17))
+    assert count_macs(lambda: model(images)) == expected
+
+
+@pytest.mark.parametrize(('restore', 'passes'), [('replace', 2),
+                                                 ('residual', 3)])  # fmt: skip
+def test_sparse_maps_are_counted(restore: str, passes: int) -> None:
+    """Merge, restore and, for 'residual', the subtraction: N C each."""
+    model = backbone(
+        dict(keep=0.5, thresholds='layer', layers=[1, 2], restore=restore)
+    )
+    expected = (
+        EMBED + block_macs(17) + 2 * (block_macs(1 + 8) + passes * 17 * DIMS)
+    )
+    images = torch.randn(1, 3, 64, 64)
+    assert count_macs(lambda: model(images)) == expected
+
+
+def test_dense_matrices_are_counted() -> None:
+    model = backbone(
+        dict(matrices='dense', num_groups=[8, 8, 8], restore='replace')
+    )
+    expected = EMBED + LAYERS * (block_macs(9) + 2 * 9 * 17 * DIMS)
+    images = torch.randn(1, 3, 64, 64)
+    assert count_macs(lambda: model(images)) == expected
