@@ -41,12 +41,16 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_tool(
-    *arguments: str, cwd: Path | None = None, check: bool = True
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    check: bool = True,
+    env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python script as a user would, in a process of its own."""
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd or ROOT,
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
     )

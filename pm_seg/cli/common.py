@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -116,6 +117,23 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
+
+
+def join_cpu_processes(cfg: Config) -> None:
+    """Let ``--launcher pytorch`` work on machines without an accelerator.
+
+    mmengine's launcher asks for CUDA; here the processes are joined by gloo
+    before, which it accepts. Does nothing where there is an accelerator.
+    """
+    if cfg.launcher != 'pytorch' or get_device() != 'cpu':
+        return
+    torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
 
 
 def _datasets(

@@ -11,6 +11,7 @@ from .common import (
     add_common_arguments,
     check_data,
     fetch_checkpoint,
+    join_cpu_processes,
     load_config,
     quiet_warnings,
 )
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.out is not None:
         cfg.test_evaluator.output_dir = args.out
         cfg.test_evaluator.keep_results = True
+    join_cpu_processes(cfg)
     return Runner.from_cfg(cfg).test()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from .common import (
     add_common_arguments,
     check_checkpoints,
     check_data,
+    join_cpu_processes,
     load_config,
     quiet_warnings,
 )
@@ -47,6 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     quiet_warnings()
     cfg = load_config(args)
     if args.amp:
+        if get_device() == 'cpu':
+            raise SystemExit(
+                '--amp needs a GPU or another accelerator; leave it out on a '
+                'CPU'
+            )
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
@@ -59,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg.resume = args.resume or cfg.get('resume', False)
     check_data(cfg, 'train', 'val')
     check_checkpoints(cfg)
+    join_cpu_processes(cfg)
     Runner.from_cfg(cfg).train()
 
 

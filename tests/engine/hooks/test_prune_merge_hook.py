@@ -13,29 +13,27 @@ from mmengine.runner import Runner
 from pm_seg.engine import PruneMergeHook
 from pm_seg.engine.scoring import compressible_modules
 
-# Trains a step, then compares all weights and buffers over the processes.
-DISTRIBUTED = """
-import sys
+# Imported by both processes; compares all weights and buffers over them.
+COMPARE = """
 import torch
 import torch.distributed as dist
-from mmengine.config import Config
-from mmengine.runner import Runner
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS
 
 torch.set_num_threads(1)
-cfg = Config.fromfile(sys.argv[1])
-cfg.launcher = 'pytorch'
-cfg.env_cfg.dist_cfg.backend = 'gloo'
-runner = Runner.from_cfg(cfg)
-model = runner.train()
-state = model.module.state_dict()
-for key, value in state.items():
-    copies = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(copies, value.contiguous())
-    assert torch.equal(copies[0], copies[1]), key
-assert model.module.backbone.compressor.has_structure
-if dist.get_rank() == 0:
-    torch.save(state['backbone.compressor.scores'], sys.argv[2])
-    print('IDENTICAL', len(state))
+
+@HOOKS.register_module()
+class CompareProcesses(Hook):
+    priority = 'LOWEST'
+
+    def after_train(self, runner):
+        state = runner.model.module.state_dict()
+        assert state['backbone.compressor.scores'].any()
+        for key, value in state.items():
+            copies = [torch.empty_like(value) for _ in range(2)]
+            dist.all_gather(copies, value.contiguous())
+            assert torch.equal(*copies), key
+        runner.logger.info(f'IDENTICAL {len(state)}')
 """
 
 
@@ -56,6 +54,7 @@ def config(scenes: Path, work_dir: Path, iters: int = 2) -> Config:
     cfg.train_cfg.max_iters = iters
     cfg.custom_hooks = [dict(type='PruneMergeHook', score_iters=2)]
     cfg.default_hooks.logger.interval = 1
+    cfg.log_level = 'INFO'
     cfg.work_dir = str(work_dir)
     return cfg
 
@@ -102,7 +101,9 @@ def test_scoring_does_not_shift_training(scenes, tmp_path) -> None:
         step = runner.model.data_preprocessor.forward
 
         def watch(data, training=False, step=step, losses=losses):
-            losses.append(torch.stack(data['inputs']).double().sum().item())
+            if training:
+                inputs = torch.stack(data['inputs'])
+                losses.append(inputs.double().sum().item())
             return step(data, training)
 
         runner.model.data_preprocessor.forward = watch
@@ -113,17 +114,20 @@ def test_scoring_does_not_shift_training(scenes, tmp_path) -> None:
 
 
 def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
+    """The train tool itself, under torchrun with gloo."""
     cfg = config(scenes, tmp_path / 'work', iters=1)
+    cfg.custom_imports.imports = ['pm_seg', 'compare_processes']
+    cfg.custom_hooks.append(dict(type='CompareProcesses'))
     cfg.dump(tmp_path / 'config.py')
-    script = tmp_path / 'distributed.py'
-    script.write_text(DISTRIBUTED)
+    (tmp_path / 'compare_processes.py').write_text(COMPARE)
     result = run_tool(
         '-m', 'torch.distributed.run', '--nproc_per_node=2',
-        '--master_port=29511', script, tmp_path / 'config.py',
-        tmp_path / 'scores.pth',
+        '--master_port=29511', ROOT / 'tools/train.py',
+        tmp_path / 'config.py', '--launcher', 'pytorch',
+        cwd=tmp_path, env=dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
     )  # fmt: skip
-    assert 'IDENTICAL' in result.stdout, result.stdout[-2000:]
-    assert torch.load(tmp_path / 'scores.pth').shape == (2, 16)
+    assert 'IDENTICAL' in result.stdout + result.stderr
+    assert (tmp_path / 'work/iter_1.pth').is_file()
 
 
 def test_bad_score_iters() -> None:
