@@ -7,6 +7,8 @@ _base_ = [
     './_base_/schedules/finetune_64k.py',
 ]
 model = dict(
+    type='DistilledEncoderDecoder',
+    teacher=dict(alpha=1.0, tau=20.0),
     backbone=dict(
         compression=dict(keep=0.7, thresholds='layer', layers=range(1, 12))
     ),

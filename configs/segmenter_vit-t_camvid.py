@@ -6,3 +6,4 @@ _base_ = [
     './_base_/schedules/finetune_700.py',
 ]
 load_from = 'checkpoints/segmenter_vit-t_camvid.pth'
+custom_hooks = [dict(type='SeedIterationHook')]

@@ -7,6 +7,8 @@ _base_ = [
     './_base_/schedules/finetune_700.py',
 ]
 model = dict(
+    type='DistilledEncoderDecoder',
+    teacher=dict(alpha=1.0, tau=20.0),
     backbone=dict(
         compression=dict(keep=0.7, thresholds='layer', layers=range(1, 12))
     ),
@@ -15,4 +17,7 @@ model = dict(
     ),
 )
 load_from = 'checkpoints/segmenter_vit-t_camvid.pth'
-custom_hooks = [dict(type='PruneMergeHook', score_iters=20)]
+custom_hooks = [
+    dict(type='PruneMergeHook', score_iters=20, evaluate=True),
+    dict(type='SeedIterationHook'),
+]

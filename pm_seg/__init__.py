@@ -14,6 +14,7 @@ if find_spec('mmseg') is not None:
     with warnings.catch_warnings():
         # mmcv without compiled operators; pm_seg needs none.
         warnings.filterwarnings('ignore', message='Fail to import')
-        from . import engine, models  # noqa: F401  (registers their classes)
+        # These register their classes.
+        from . import datasets, engine, models  # noqa: F401
 
 __all__ = ['__version__']

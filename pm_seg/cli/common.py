@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
@@ -216,6 +217,63 @@ def fetch_checkpoint(source: str) -> str:
             'load_from=None'
         ) from None
     return str(cached)
+
+
+def latest_intact_checkpoint(work_dir: str | Path) -> str | None:
+    """The newest checkpoint of a run that was written to its end.
+
+    A process killed while it saves leaves a truncated file behind; that one
+    is passed over.
+    """
+
+    def number(path: Path) -> int:
+        return int(path.stem.rsplit('_', 1)[1])
+
+    found = [
+        path
+        for kind in ('iter', 'epoch')
+        for path in Path(work_dir).glob(f'{kind}_*.pth')
+        if path.stem.rsplit('_', 1)[1].isdigit()
+    ]
+    for path in sorted(found, key=number, reverse=True):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is None:
+                    return str(path)
+        except (zipfile.BadZipFile, OSError):
+            pass
+        print(f'Passing over {path}: not a whole checkpoint', file=sys.stderr)
+    return None
+
+
+def prepare_resume(cfg: Config) -> None:
+    """Let the run go on from its own latest checkpoint, or start it.
+
+    mmengine would take ``load_from``, the dense checkpoint, for the one to
+    resume from.
+    """
+    found = latest_intact_checkpoint(cfg.work_dir)
+    cfg.resume = found is not None
+    if found:
+        cfg.load_from = found
+    else:
+        print(f'Nothing to resume in {cfg.work_dir}, starting anew')
+
+
+def fix_teacher(cfg: Config) -> None:
+    """Name the teacher's checkpoint: what the run starts from first."""
+    teacher = cfg.model.get('teacher')
+    if teacher is not None:
+        checkpoint = teacher.get('checkpoint') or cfg.get('load_from')
+        if checkpoint:
+            teacher.checkpoint = fetch_checkpoint(checkpoint)
+        else:
+            print(
+                'No dense checkpoint to distil from (load_from=None): '
+                'training on labels alone',
+                file=sys.stderr,
+            )
+            cfg.model.teacher = None
 
 
 def check_checkpoints(cfg: Config) -> None:

@@ -11,11 +11,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
-from ..engine.scoring import (
-    compress,
-    describe,
-    require_compressible,
-)
+from ..engine.report import describe
+from ..engine.scoring import compress, require_compressible
+from ..engine.targets import TARGETS, check_target, meet_target
 from ..utils import ProgressReporter
 from ..version import __version__
 from .common import (
@@ -43,6 +41,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--out', required=True, help='checkpoint to write')
     parser.add_argument(
         '--keep', type=float, help='share of the tokens to keep, in (0, 1]'
+    )
+    parser.add_argument(
+        '--target',
+        metavar='KIND=VALUE',
+        help='a budget instead of keep, with KIND one of '
+        f'{", ".join(TARGETS)}: share=0.7 is 70 %% of the dense GMACs',
     )
     parser.add_argument(
         '--score-iters',
@@ -76,6 +80,16 @@ def _set_keep(node: object, keep: float) -> None:
             _set_keep(value, keep)
 
 
+def _target(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    kind, _, value = text.partition('=')
+    try:
+        return dict([check_target({kind: float(value)})])
+    except ValueError as error:
+        raise SystemExit(f'--target {text}: {error}') from None
+
+
 def _write(path: Path, content: dict) -> None:
     """Write the checkpoint whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_warnings()
     cfg = load_config(args)
+    target = _target(args.target)
     checkpoint = fetch_checkpoint(args.checkpoint)
     if args.keep is not None:
         _set_keep(cfg.model, args.keep)
@@ -118,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
                 hook.get('seed', 0),
                 report,
             )
+    if target:
+        print(f'keep={meet_target(model, target):.3f} meets {args.target}')
     print(describe(model))
     meta = {
         **{k: saved.get('meta', {}).get(k) for k in ('dataset_meta',)},

@@ -11,8 +11,10 @@ from .common import (
     add_common_arguments,
     check_checkpoints,
     check_data,
+    fix_teacher,
     join_cpu_processes,
     load_config,
+    prepare_resume,
     quiet_warnings,
 )
 
@@ -63,8 +65,10 @@ def main(argv: list[str] | None = None) -> None:
                 'N) in the config: the batch size its learning rate is for'
             )
         cfg.auto_scale_lr.enable = True
-    cfg.resume = args.resume or cfg.get('resume', False)
     check_data(cfg, 'train', 'val')
+    fix_teacher(cfg)
+    if args.resume or cfg.get('resume'):
+        prepare_resume(cfg)
     check_checkpoints(cfg)
     join_cpu_processes(cfg)
     Runner.from_cfg(cfg).train()

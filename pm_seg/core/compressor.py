@@ -50,14 +50,29 @@ class _Layout:
     restore: Tensor
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive layers that run on the same tokens.
+
+    Attributes:
+        layers (tuple[int, ...]): Layer indices, ascending.
+        token_map (TokenMap | DenseTokenMap, optional): Merge before the
+            first and restore after the last of them; None for a layer that
+            runs on all tokens.
+    """
+
+    layers: tuple[int, ...]
+    token_map: AnyTokenMap | None = None
+
+
 class TokenCompressor(nn.Module):
-    """Holds one token map for each compressed layer of a transformer.
+    """Holds the token maps of the compressed layers of a transformer.
 
     All state lives in buffers and parameters whose shapes are fixed at
     construction, so that checkpoints, optimisers, EMA and distributed
     wrappers never see a change of shape: a *structure* changes values only.
     Until scores are given (:meth:`set_scores`) or a compressed checkpoint is
-    loaded there is no structure, and :meth:`token_maps` raises.
+    loaded there is no structure, and :meth:`stages` raises.
 
     For another grid than the one it was built for, the map is derived again:
     scores are resized bilinearly, each layer keeps its share of tokens, the
@@ -89,9 +104,14 @@ class TokenCompressor(nn.Module):
         matrices (str): 'sparse' for a merge and a restore weight per token,
             'dense' for full matrices, as in released checkpoints. Defaults
             to 'sparse'.
-        num_groups (Sequence[int], optional): Groups of each compressed
-            layer, instead of keep and thresholds. Required for 'dense',
-            whose parameter shapes depend on it.
+        span (int): Compressed layers in a row that share one token map:
+            merge before the first, restore after the last. 1 merges and
+            restores around every layer, as the paper does. Defaults to 1.
+        num_groups (Sequence[int], optional): Groups of each compressed layer
+            (of each span), instead of keep and thresholds. Required for
+            'dense', whose parameter shapes depend on it.
+        trainable (bool): Whether merge and restore weights are trained.
+            Defaults to True.
 
     Raises:
         ValueError: On an unknown option or a value out of range.
@@ -113,7 +133,9 @@ class TokenCompressor(nn.Module):
         restore: str = 'residual',
         weights: str | None = None,
         matrices: str = 'sparse',
+        span: int = 1,
         num_groups: Sequence[int] | None = None,
+        trainable: bool = True,
     ) -> None:
         super().__init__()
         check_rates(keep, prune)
@@ -134,6 +156,7 @@ class TokenCompressor(nn.Module):
         self.keep = keep
         self.prune = prune
         self.layers = self._check_layers(layers)
+        self.spans = self._make_spans(span)
         self.builder = builder
         self.thresholds = thresholds
         self.decay = decay
@@ -154,10 +177,12 @@ class TokenCompressor(nn.Module):
             tokens = num_prefix + self.num_tokens
             self.merge_matrix = nn.ParameterDict()
             self.restore_matrix = nn.ParameterDict()
-            for layer, count in zip(self.layers, self.given_groups):
-                slots = num_prefix + count
-                self.merge_matrix[str(layer)] = torch.zeros(slots, tokens)
-                self.restore_matrix[str(layer)] = torch.zeros(tokens, slots)
+            for layers, count in zip(self.spans, self.given_groups):
+                slots, key = num_prefix + count, str(layers[0])
+                self.merge_matrix[key] = torch.zeros(slots, tokens)
+                self.restore_matrix[key] = torch.zeros(tokens, slots)
+        for parameter in self.parameters():
+            parameter.requires_grad_(trainable)
         self._enabled = True
         self._refresh()
 
@@ -173,6 +198,22 @@ class TokenCompressor(nn.Module):
             )
         return tuple(chosen)
 
+    def _make_spans(self, span: int) -> tuple[tuple[int, ...], ...]:
+        """Compressed layers in runs of up to ``span`` consecutive ones."""
+        if span < 1:
+            raise ValueError(
+                f'span={span} must be at least 1, the number of layers that '
+                'share a token map'
+            )
+        spans: list[list[int]] = []
+        for layer in self.layers:
+            last = spans[-1] if spans else []
+            if last and last[-1] == layer - 1 and len(last) < span:
+                last.append(layer)
+            else:
+                spans.append([layer])
+        return tuple(map(tuple, spans))
+
     def _check_num_groups(
         self, num_groups: Sequence[int] | None
     ) -> tuple[int, ...] | None:
@@ -180,18 +221,18 @@ class TokenCompressor(nn.Module):
             if self.matrices == 'dense':
                 raise ValueError(
                     "matrices='dense' needs num_groups, one count for each "
-                    f'of the {len(self.layers)} compressed layers: the '
-                    'matrices are parameters and cannot change shape later'
+                    f'of the {len(self.spans)} token maps: the matrices are '
+                    'parameters and cannot change shape later'
                 )
             return None
         counts = tuple(int(n) for n in num_groups)
-        if len(counts) != len(self.layers) or not all(
+        if len(counts) != len(self.spans) or not all(
             1 <= n <= self.num_tokens for n in counts
         ):
             raise ValueError(
                 f'num_groups={list(num_groups)} must hold '
-                f'{len(self.layers)} counts (one for each compressed layer) '
-                f'in 1..{self.num_tokens}'
+                f'{len(self.spans)} counts (one for each token map) in '
+                f'1..{self.num_tokens}'
             )
         return counts
 
@@ -255,13 +296,13 @@ class TokenCompressor(nn.Module):
         )
         if self.given_groups is not None:
             centres = list(self.given_groups)
-        for layer, count in zip(self.layers, centres):
+        for layers, count in zip(self.spans, centres):
             if count == 0:
                 raise ValueError(
-                    f'layer {layer} would keep none of its {self.num_tokens} '
-                    f'tokens at keep={self.keep}: all its scores are below '
-                    "the global threshold; raise keep, use thresholds='layer' "
-                    'or leave the layer out of layers'
+                    f'layer {layers[0]} would keep none of its '
+                    f'{self.num_tokens} tokens at keep={self.keep}: all its '
+                    'scores are below the global threshold; raise keep, use '
+                    "thresholds='layer' or leave the layer out of layers"
                 )
         live = [max(pair) for pair in zip(live, centres)]
         self.set_groups(self._groups(scores, centres, live, self.grid))
@@ -273,7 +314,8 @@ class TokenCompressor(nn.Module):
         Args:
             group (Tensor): Group of each token on the native grid, numbered
                 0..K-1 in each layer, -1 if pruned, int64, (depth, N). Rows of
-                layers that are not compressed are ignored.
+                layers that are not compressed, or not the first of their
+                span, are ignored.
 
         Raises:
             ValueError: On another shape, a layer without groups, or a number
@@ -284,21 +326,20 @@ class TokenCompressor(nn.Module):
                 f'group has shape {tuple(group.shape)}, expected '
                 f'{tuple(self.group.shape)}'
             )
-        group = group.cpu().clone()
-        tokens = torch.arange(self.num_tokens)
-        for layer in range(self.depth):
-            if layer not in self.layers:
-                group[layer] = tokens
-                continue
-            used = group[layer].unique()
+        given = group.cpu()
+        group = torch.arange(self.num_tokens).repeat(self.depth, 1)
+        for layers in self.spans:
+            row = given[layers[0]]
+            used = row.unique()
             used = used[used != PRUNED]
             if not torch.equal(used, torch.arange(len(used))) or not len(used):
                 raise ValueError(
-                    f'groups of layer {layer} must be numbered 0..K-1 '
+                    f'groups of layer {layers[0]} must be numbered 0..K-1 '
                     f'without gaps, K >= 1; got {used.tolist()[:8]}...'
                 )
+            group[list(layers)] = row
         if self.given_groups is not None:
-            counts = [int(group[i].max()) + 1 for i in self.layers]
+            counts = [int(group[i[0]].max()) + 1 for i in self.spans]
             if counts != list(self.given_groups):
                 raise ValueError(
                     f'the structure has {counts} groups, num_groups says '
@@ -312,7 +353,7 @@ class TokenCompressor(nn.Module):
             self.merge_weight.copy_(layout.merge)
             self.restore_weight.copy_(layout.restore)
             return
-        for layer in self.layers:
+        for layer, *_ in self.spans:
             dense = self._sparse_map(
                 layout, layer, layout.merge, layout.restore
             ).to_dense()
@@ -339,8 +380,8 @@ class TokenCompressor(nn.Module):
         finally:
             self._enabled = previous
 
-    def token_maps(self, grid: Grid) -> list[AnyTokenMap | None]:
-        """Token maps of all layers, None where a layer runs dense.
+    def stages(self, grid: Grid) -> list[Stage]:
+        """All layers in order, with their token maps.
 
         Args:
             grid (tuple[int, int]): Patch rows and columns of the input.
@@ -349,7 +390,7 @@ class TokenCompressor(nn.Module):
             RuntimeError: If there is no structure yet.
         """
         if not self._enabled:
-            return [None] * self.depth
+            return [Stage((layer,)) for layer in range(self.depth)]
         if not self.has_structure:
             raise RuntimeError(
                 'compression is configured but there is no structure yet: '
@@ -357,15 +398,28 @@ class TokenCompressor(nn.Module):
                 'tools/compress.py on it, train with PruneMergeHook in '
                 'custom_hooks, or set compression=None for the dense model'
             )
-        maps: list[AnyTokenMap | None] = [None] * self.depth
+        stages = [
+            Stage((layer,))
+            for layer in range(self.depth)
+            if layer not in self.layers
+        ]
         if self.matrices == 'dense':
-            for layer in self.layers:
-                maps[layer] = self._dense_map(layer, grid)
-            return maps
-        layout = self._layout(grid)
-        merge, restore = self._weights(grid)
-        for layer in self.layers:
-            maps[layer] = self._sparse_map(layout, layer, merge, restore)
+            for layers in self.spans:
+                stages.append(Stage(layers, self._dense_map(layers[0], grid)))
+        else:
+            layout = self._layout(grid)
+            merge, restore = self._weights(grid)
+            for layers in self.spans:
+                token_map = self._sparse_map(layout, layers[0], merge, restore)
+                stages.append(Stage(layers, token_map))
+        return sorted(stages, key=lambda stage: stage.layers)
+
+    def token_maps(self, grid: Grid) -> list[AnyTokenMap | None]:
+        """The token map each layer runs on, None where it runs dense."""
+        maps: list[AnyTokenMap | None] = [None] * self.depth
+        for stage in self.stages(grid):
+            for layer in stage.layers:
+                maps[layer] = stage.token_map
         return maps
 
     def _sparse_map(
@@ -427,9 +481,12 @@ class TokenCompressor(nn.Module):
         )
 
     def _normalised(self, scores: Tensor) -> Tensor:
-        return normalise_scores(
+        """Scores that each token map is made of, (token maps, N)."""
+        rows = normalise_scores(
             scores[list(self.layers)], self.decay, self.layers
         )
+        sizes = [len(layers) for layers in self.spans]
+        return torch.stack([part.mean(0) for part in rows.split(sizes)])
 
     def _groups(
         self,
@@ -438,11 +495,11 @@ class TokenCompressor(nn.Module):
         live: Sequence[int],
         grid: Grid,
     ) -> Tensor:
-        """Groups of all layers from the scores of the compressed ones."""
+        """Groups of all layers from the scores of the token maps."""
         tokens = torch.arange(grid[0] * grid[1])
         group = tokens.repeat(self.depth, 1)
-        for row, layer in enumerate(self.layers):
-            group[layer] = build_groups(
+        for row, layers in enumerate(self.spans):
+            group[list(layers)] = build_groups(
                 scores[row], centres[row], live[row], grid, self.builder
             )
         return group
@@ -462,7 +519,7 @@ class TokenCompressor(nn.Module):
             total = grid[0] * grid[1]
             scores = _resize(scores, self.grid, grid)
             centres, live = [], []
-            for layer in self.layers:
+            for layer, *_ in self.spans:
                 count = round(native.num_groups[layer] * share)
                 centres.append(min(max(count, 1), total))
                 alive = int((group[layer] != PRUNED).sum())

@@ -1,0 +1,3 @@
+from .reproducible import NumberedInfiniteSampler, SeedAugmentation
+
+__all__ = ['NumberedInfiniteSampler', 'SeedAugmentation']

@@ -1,10 +1,14 @@
-from .hooks import ProgressHook, PruneMergeHook
-from .scoring import apply_scores, describe, gather_scores
+from .hooks import ProgressHook, PruneMergeHook, SeedIterationHook
+from .report import describe
+from .scoring import apply_scores, gather_scores
+from .targets import meet_target
 
 __all__ = [
     'ProgressHook',
     'PruneMergeHook',
+    'SeedIterationHook',
     'apply_scores',
     'describe',
     'gather_scores',
+    'meet_target',
 ]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..core import ScoreRecorder
 from ..models.compressible import CompressibleMixin
+from ..models.distillation import DistillationMixin
 
 
 def compressible_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
@@ -109,6 +110,8 @@ def gather_scores(
     try:
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
+            if isinstance(model, DistillationMixin):
+                stack.enter_context(model.supervised())
             for name, module in modules.items():
                 compressor = module.compressor
                 stack.enter_context(compressor.disabled())
@@ -180,25 +183,3 @@ def compress(
             model, dataloader, num_batches, reduction, progress
         )
     apply_scores(model, scores)
-
-
-def describe(model: nn.Module) -> str:
-    """A table of the tokens each compressed layer works on."""
-    lines = []
-    for name, module in compressible_modules(model).items():
-        compressor = module.compressor
-        total = compressor.num_tokens
-        height, width = compressor.grid
-        lines.append(
-            f'{name or type(module).__name__}: {total} patch tokens '
-            f'({height}x{width}), restore {compressor.mode!r}'
-        )
-        lines.append('  layer  groups  pruned  share')
-        counts = zip(compressor.num_groups, compressor.num_pruned)
-        for layer, (groups, pruned) in enumerate(counts):
-            note = '' if layer in compressor.layers else '  (dense)'
-            lines.append(
-                f'  {layer:5d}  {groups:6d}  {pruned:6d}  '
-                f'{groups / total:5.0%}{note}'
-            )
-    return '\n'.join(lines)

@@ -1,4 +1,9 @@
 from .backbones import PMVisionTransformer
 from .decode_heads import PMSegmenterMaskTransformerHead
+from .segmentors import DistilledEncoderDecoder
 
-__all__ = ['PMSegmenterMaskTransformerHead', 'PMVisionTransformer']
+__all__ = [
+    'DistilledEncoderDecoder',
+    'PMSegmenterMaskTransformerHead',
+    'PMVisionTransformer',
+]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
 from ..core import TokenCompressor
-from ..core.compressor import AnyTokenMap
+from ..core.compressor import AnyTokenMap, Stage
 from ..core.structure import Grid
 
 _COMPRESSOR = 'compressor.'
@@ -45,11 +47,50 @@ class CompressibleMixin:
                     f'({error}); see pm_seg.core.TokenCompressor'
                 ) from error
 
-    def token_maps(self, grid: Grid) -> Sequence[AnyTokenMap | None]:
-        """A token map, or None for a dense layer, for each of the layers."""
+    def run_layers(
+        self, x: Tensor, grid: Grid, outputs: Sequence[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run all layers.
+
+        Args:
+            x (Tensor): (B, P+N, C).
+            grid (tuple[int, int]): Patch rows and columns, N = h * w.
+            outputs (Sequence[int]): Layers after which all tokens are wanted.
+
+        Returns:
+            tuple: Tokens after the last layer (B, P+N, C), and after each
+            layer of ``outputs``.
+        """
+        collected = {}
+        for stage in self._stages(grid):
+            token_map = stage.token_map
+            start = x
+            merged = x = x if token_map is None else token_map.merge(x)
+            for layer in stage.layers:
+                x = self.layers[layer](x)
+                last = layer == stage.layers[-1]
+                if not last and layer in outputs:
+                    collected[layer] = token_map.restore(start, merged, x)
+            if token_map is not None:
+                x = self._restore(token_map, start, merged, x)
+            if layer in outputs:
+                collected[layer] = x
+        return x, collected
+
+    def _stages(self, grid: Grid) -> Sequence[Stage]:
         if self.compressor is None:
-            return [None] * len(self.layers)
-        return self.compressor.token_maps(grid)
+            return [Stage((layer,)) for layer in range(len(self.layers))]
+        return self.compressor.stages(grid)
+
+    def _restore(
+        self, token_map: AnyTokenMap, x: Tensor, z: Tensor, y: Tensor
+    ) -> Tensor:
+        """Restore; recomputed in the backward pass if the layers are."""
+        if self.layers[0].with_cp and torch.is_grad_enabled():
+            return cp.checkpoint(
+                token_map.restore, x, z, y, use_reentrant=False
+            )
+        return token_map.restore(x, z, y)
 
     @property
     def score_taps(self) -> list[nn.Module]:

@@ -9,8 +9,6 @@ from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
 
-from ..core.compressor import AnyTokenMap
-
 
 class FusedMultiheadAttention(MultiheadAttention):
     """mmcv's self-attention on ``F.scaled_dot_product_attention``.
@@ -53,11 +51,10 @@ class FusedMultiheadAttention(MultiheadAttention):
 
 
 class PMTransformerEncoderLayer(TransformerEncoderLayer):
-    """mmseg's encoder layer, optionally on merged tokens.
+    """mmseg's encoder layer on fused attention.
 
-    Modifications: fused attention, an optional token map, activation
-    checkpointing (``with_cp``) that is non-reentrant and covers merge and
-    restore.
+    Activation checkpointing (``with_cp``) is non-reentrant, so that it also
+    works behind frozen layers.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -73,27 +70,8 @@ class PMTransformerEncoderLayer(TransformerEncoderLayer):
         x = self.attn(self.norm1(x), identity=x)
         return self.ffn(self.norm2(x), identity=x)
 
-    def _compressed_block(self, x: Tensor, token_map: AnyTokenMap) -> Tensor:
-        z = token_map.merge(x)
-        return token_map.restore(x, z, self._block(z))
-
-    def forward(
-        self, x: Tensor, token_map: AnyTokenMap | None = None
-    ) -> Tensor:
-        """Run the layer.
-
-        Args:
-            x (Tensor): (B, P+N, C).
-            token_map (TokenMap, optional): Run on its groups instead of on
-                all tokens.
-
-        Returns:
-            Tensor: (B, P+N, C).
-        """
-        if token_map is None:
-            function, args = self._block, (x,)
-        else:
-            function, args = self._compressed_block, (x, token_map)
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer on tokens (B, T, C)."""
         if self.with_cp and torch.is_grad_enabled():
-            return cp.checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+            return cp.checkpoint(self._block, x, use_reentrant=False)
+        return self._block(x)

@@ -74,6 +74,26 @@ def test_other_grids_stay_partitions(
         assert token_map.restore(x, z, z).shape == x.shape
 
 
+def test_spans_share_a_map() -> None:
+    module = compressor(depth=6, layers=[1, 2, 3, 5], span=2)
+    assert module.spans == ((1, 2), (3,), (5,))
+    layers = [stage.layers for stage in module.stages(GRID)]
+    assert layers == [(0,), (1, 2), (3,), (4,), (5,)]
+    assert torch.equal(module.group[1], module.group[2])
+    maps = module.token_maps((5, 5))
+    assert maps[1] is maps[2] and maps[3] is not maps[2]
+    assert maps[0] is None and maps[4] is None
+    whole = compressor(depth=6, span=99, num_groups=[7])
+    assert whole.num_groups == [7] * 6
+    with pytest.raises(ValueError, match='span=0 must be at least 1'):
+        compressor(span=0)
+
+
+def test_weights_can_be_frozen() -> None:
+    module = compressor(trainable=False)
+    assert not any(p.requires_grad for p in module.parameters())
+
+
 def test_same_grid_and_wider_grid_are_derived_once() -> None:
     module = compressor()
     first = module.token_maps((6, 4))[0].slot

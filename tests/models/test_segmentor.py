@@ -73,6 +73,7 @@ def small_model(test_cfg: dict, compressed: bool = True):
     cfg.backbone.compression.update(layers=[1])
     cfg.decode_head.compression.grid = (4, 4)
     cfg.data_preprocessor.size = (64, 64)
+    cfg.teacher = None
     cfg.test_cfg = test_cfg
     if not compressed:
         cfg.backbone.compression = cfg.decode_head.compression = None

@@ -1,6 +1,7 @@
 _base_ = './ade20k.py'
 crop_size = (640, 640)
 train_pipeline = [
+    dict(type='SeedAugmentation'),
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(

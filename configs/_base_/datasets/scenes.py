@@ -32,6 +32,7 @@ metainfo = dict(
 )
 crop_size = (256, 256)
 train_pipeline = [
+    dict(type='SeedAugmentation'),
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(

@@ -41,5 +41,9 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
-custom_hooks = [dict(type='PruneMergeHook', score_iters=200)]
+custom_hooks = [
+    dict(type='PruneMergeHook', score_iters=200),
+    dict(type='SeedIterationHook'),
+]
+randomness = dict(seed=0)
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -33,4 +33,5 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
+randomness = dict(seed=0)
 auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
-from ..scoring import compress, describe, require_compressible
+from ...models.distillation import DistillationMixin
+from ..report import describe
+from ..scoring import compress, require_compressible
+from ..targets import check_target, meet_target
 
 
 @HOOKS.register_module()
@@ -17,9 +22,10 @@ class PruneMergeHook(Hook):
     """Compresses the model before training starts.
 
     Gathers gradient-weighted scores over training batches, derives the
-    structure of every compressible module and lets training go on with it.
-    A model that has its structure already, because a compressed checkpoint
-    was loaded or the run resumed, is left as it is.
+    structure of every compressible module, loads the teacher if the model
+    distils, and lets training go on. A model that has its structure already,
+    because a compressed checkpoint was loaded or the run resumed, is not
+    scored again.
 
     Scoring changes no weight and no random state: what follows is the same
     run with or without it.
@@ -30,6 +36,12 @@ class PruneMergeHook(Hook):
             'image'.
         seed (int): Seed of the batches and their augmentation. Defaults to
             0.
+        target (dict, optional): A budget instead of the ``keep`` of the
+            config: ``dict(gmacs=...)``, ``dict(share=...)`` or
+            ``dict(latency_ms=...)``, see
+            :func:`pm_seg.engine.targets.meet_target`. Defaults to None.
+        evaluate (bool): Whether to run the validation before compression and
+            straight after it. Defaults to False.
 
     Example:
         >>> custom_hooks = [dict(type='PruneMergeHook', score_iters=50)]
@@ -38,7 +50,12 @@ class PruneMergeHook(Hook):
     priority = 'VERY_HIGH'
 
     def __init__(
-        self, score_iters: int = 50, reduction: str = 'image', seed: int = 0
+        self,
+        score_iters: int = 50,
+        reduction: str = 'image',
+        seed: int = 0,
+        target: dict[str, float] | None = None,
+        evaluate: bool = False,
     ) -> None:
         if score_iters < 1:
             raise ValueError(
@@ -47,6 +64,10 @@ class PruneMergeHook(Hook):
         self.score_iters = score_iters
         self.reduction = reduction
         self.seed = seed
+        if target is not None:
+            check_target(target)
+        self.target = target
+        self.evaluate = evaluate
 
     def before_train(self, runner: Runner) -> None:
         """Score and compress, unless there is a structure already."""
@@ -59,8 +80,17 @@ class PruneMergeHook(Hook):
                 'The checkpoint is compressed already, keeping its structure'
             )
         else:
+            with ExitStack() as stack:
+                for module in modules.values():
+                    stack.enter_context(module.compressor.disabled())
+                self._evaluate(runner, 'Before compression')
             self._compress(runner, model)
+            self._evaluate(runner, 'Straight after compression')
         runner.logger.info(f'Token compression\n{describe(model)}')
+        if isinstance(model, DistillationMixin):
+            # A resumed run's load_from is its own checkpoint, not a teacher.
+            dense = None if runner._resume else runner._load_from
+            model.load_teacher(dense)
 
     def _compress(self, runner: Runner, model: BaseModel) -> None:
         runner.logger.info(f'Scoring {self.score_iters} training batches')
@@ -84,3 +114,22 @@ class PruneMergeHook(Hook):
             self.seed,
             progress,
         )
+        if self.target is not None:
+            keep = meet_target(model, self.target)
+            runner.logger.info(f'keep={keep:.3f} meets {self.target}')
+
+    def _evaluate(self, runner: Runner, title: str) -> None:
+        """Validation without the hooks: this is no result of the run."""
+        if not self.evaluate or runner.val_loop is None:
+            return
+        runner.logger.info(f'{title}: evaluating')
+        loop, model = runner.val_loop, runner.model
+        model.eval()
+        with torch.no_grad():
+            for data in loop.dataloader:
+                outputs = model.val_step(data)
+                loop.evaluator.process(data_samples=outputs, data_batch=data)
+        metrics = loop.evaluator.evaluate(len(loop.dataloader.dataset))
+        model.train()
+        shown = '  '.join(f'{k}: {v:.2f}' for k, v in metrics.items())
+        runner.logger.info(f'{title}: {shown}')

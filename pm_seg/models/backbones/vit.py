@@ -175,14 +175,12 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         """
         x, grid = self.embed(inputs)
         outs = [self.to_map(x, grid)] if self.out_origin else []
+        _, collected = self.run_layers(x, grid, self.out_indices)
         last = len(self.layers) - 1
-        layers = zip(self.layers, self.token_maps(grid))
-        for i, (layer, token_map) in enumerate(layers):
-            x = layer(x, token_map)
-            if i == last and self.final_norm:
-                x = self.norm1(x)
-            if i in self.out_indices:
-                outs.append(self.to_map(x, grid))
+        if self.final_norm and last in collected:
+            collected[last] = self.norm1(collected[last])
+        for index in sorted(collected):
+            outs.append(self.to_map(collected[index], grid))
         return tuple(outs)
 
     def train(self, mode: bool = True) -> PMVisionTransformer:

@@ -105,9 +105,7 @@ class PMSegmenterMaskTransformerHead(
         x = self.dec_proj(x.flatten(2).transpose(1, 2))
         # Class embeddings go first: they are prefix tokens of the token maps.
         x = torch.cat((self.cls_emb.expand(batch, -1, -1), x), 1)
-        maps = self.token_maps((height, width))
-        for layer, token_map in zip(self.layers, maps):
-            x = layer(x, token_map)
+        x, _ = self.run_layers(x, (height, width))
         x = self.decoder_norm(x)
 
         classes = self.classes_proj(x[:, : self.num_classes])

@@ -43,6 +43,7 @@ def config(scenes: Path, work_dir: Path, iters: int = 2) -> Config:
     cfg.model.backbone.compression.layers = [1]
     cfg.model.decode_head.compression.grid = (4, 4)
     cfg.model.data_preprocessor.size = (64, 64)
+    cfg.model.teacher = None
     for name in ('train', 'val', 'test'):
         loader = cfg[f'{name}_dataloader']
         loader.update(num_workers=0, persistent_workers=False)

@@ -142,6 +142,25 @@ def test_compression_runs_on_fewer_tokens() -> None:
     assert seen == [25, 13, 13]
 
 
+def test_span_merges_once() -> None:
+    """Outputs inside a span are full maps and do not change the others."""
+    options = dict(keep=0.5, thresholds='layer', layers=[1, 2], span=2)
+    inside = build(options, out_indices=(0, 1, 2))
+    last = build(options)
+    images = torch.randn(2, 3, 64, 96)
+    seen = []
+    for layer in inside.layers:
+        layer.ffn.register_forward_hook(
+            lambda m, args, out: seen.append(out.shape[1])
+        )
+    with torch.no_grad():
+        outs = inside(images)
+        assert [out.shape for out in outs] == [(2, 24, 4, 6)] * 3
+        assert torch.equal(outs[-1], last(images)[0])
+        assert not torch.equal(outs[1], outs[2])
+    assert seen == [25, 13, 13]
+
+
 def test_identity_structure_is_the_dense_model() -> None:
     """keep=1: every token its own group, bit for bit the dense model."""
     dense = build(None)

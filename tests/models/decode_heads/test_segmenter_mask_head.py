@@ -71,7 +71,7 @@ def test_full_masks_when_compressed(grid) -> None:
 def test_class_embeddings_are_prefix_tokens() -> None:
     head = build(dict(grid=(4, 6), keep=0.5))
     assert head.compressor.num_prefix == 5
-    for token_map in head.token_maps((4, 6)):
+    for token_map in head.compressor.token_maps((4, 6)):
         assert token_map.slot[:5].tolist() == [0, 1, 2, 3, 4]
         assert (token_map.merge_weight[:5] == 1).all()
 

@@ -1,0 +1,112 @@
+"""Choosing keep so that the model meets a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from mmengine.model import BaseModel
+
+from ..utils import count_macs, median, time_interleaved
+from .scoring import require_compressible
+
+TARGETS = ('gmacs', 'share', 'latency_ms')
+
+
+def check_target(target: dict[str, float]) -> tuple[str, float]:
+    """Return the one key and value, or raise ``ValueError``."""
+    if len(target) != 1 or not set(target) <= set(TARGETS):
+        raise ValueError(
+            f'target={dict(target)} must have exactly one of {TARGETS}, for '
+            'example target=dict(share=0.7)'
+        )
+    ((kind, value),) = target.items()
+    if value <= 0 or (kind == 'share' and value > 1):
+        limit = '(0, 1]' if kind == 'share' else 'above 0'
+        raise ValueError(f'target {kind}={value} must be {limit}')
+    return kind, float(value)
+
+
+def meet_target(
+    model: BaseModel, target: dict[str, float], steps: int = 12
+) -> float:
+    """Find the highest keep within a budget and structure the model for it.
+
+    The same keep goes to every compressible module; bisection, from the
+    scores the modules already have.
+
+    Args:
+        model (BaseModel): A scored model, not wrapped.
+        target (dict): One of ``gmacs`` (of the whole model, one image of the
+            native size), ``share`` (of the dense model's GMACs) and
+            ``latency_ms`` (one image, this device, eager).
+        steps (int): Bisection steps. Defaults to 12.
+
+    Returns:
+        float: The keep that was chosen.
+
+    Raises:
+        ValueError: If even the lowest keep is over the budget.
+    """
+    kind, limit = check_target(target)
+    modules = [m.compressor for m in require_compressible(model).values()]
+    size = model.backbone.img_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    device = next(model.parameters()).device
+    images = torch.zeros(1, 3, *size, device=device)
+    training = model.training
+    model.eval()
+
+    @torch.no_grad()
+    def run() -> None:
+        model(images, mode='tensor')
+
+    def gmacs() -> float:
+        return count_macs(run) / 1e9
+
+    def latency() -> float:
+        return (
+            median(time_interleaved({'model': run}, rounds=7)['model']) * 1e3
+        )
+
+    cost: Callable[[], float] = latency if kind == 'latency_ms' else gmacs
+
+    def cost_at(keep: float) -> float:
+        for compressor in modules:
+            compressor.keep = keep
+            compressor.build()
+        return cost()
+
+    if kind == 'share':
+        limit *= _dense(modules, gmacs)
+    prune = max(compressor.prune for compressor in modules)
+    low = max(1.5 / compressor.num_tokens for compressor in modules)
+    high = 1.0 - prune
+    if cost_at(high) > limit:
+        cheapest = cost_at(low)
+        if cheapest > limit:
+            raise ValueError(
+                f'target {kind}={target[kind]} cannot be met: one token per '
+                f'compressed layer still costs {cheapest:.3g} against '
+                f'{limit:.3g}; compress more layers'
+            )
+        for _ in range(steps):
+            middle = (low + high) / 2
+            low, high = (
+                (middle, high) if cost_at(middle) <= limit else (low, middle)
+            )
+        cost_at(low)
+        high = low
+    model.train(training)
+    return high
+
+
+def _dense(
+    model: BaseModel, modules: list, cost: Callable[[], float]
+) -> float:
+    """Cost of the model with compression off."""
+    with ExitStack() as stack:
+        for compressor in modules:
+            stack.enter_context(compressor.disabled())
+        return cost()

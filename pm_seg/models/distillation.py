@@ -1,0 +1,209 @@
+"""Distillation from the dense model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor, nn
+
+
+def soft_target_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """Soft-target loss of Hinton et al., arXiv 1503.02531.
+
+    ``tau^2 KL(softmax(teacher / tau) || softmax(student / tau))``, averaged
+    over everything but the classes. The factor tau^2 keeps the size of the
+    gradient independent of tau.
+
+    Args:
+        student, teacher (Tensor): Logits, (B, classes, ...).
+        tau (float): Temperature.
+
+    Returns:
+        Tensor: Scalar.
+    """
+    student = F.log_softmax(student.float() / tau, dim=1)
+    teacher = F.log_softmax(teacher.float() / tau, dim=1)
+    loss = F.kl_div(student, teacher, reduction='none', log_target=True)
+    return tau**2 * loss.sum(dim=1).mean()
+
+
+class _Unregistered:
+    """Keeps a module out of its owner's state, copies and parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict) -> _Unregistered:
+        return self
+
+
+def strip_compression(node: object) -> object:
+    """A model config with every ``compression`` set to None."""
+    if isinstance(node, dict):
+        return {
+            key: None if key == 'compression' else strip_compression(value)
+            for key, value in node.items()
+        }
+    if isinstance(node, (list, tuple)):
+        return type(node)(strip_compression(value) for value in node)
+    return node
+
+
+class DistillationMixin:
+    """Trains an mmengine model against a frozen, dense teacher.
+
+    The teacher is no submodule: it is in no checkpoint, optimiser or EMA, and
+    a trained student loads anywhere without it. It exists after
+    :meth:`load_teacher` only, which ``PruneMergeHook`` calls.
+    """
+
+    def init_distillation(self, teacher: dict | None, config: dict) -> None:
+        """Set up without building the teacher.
+
+        Args:
+            teacher (dict, optional): ``alpha`` (share of the soft-target
+                loss, default 1), ``tau`` (temperature, default 20),
+                ``checkpoint`` (default: what the run starts from) and
+                ``model`` (config, default: this model, uncompressed). None
+                trains without a teacher.
+            config (dict): Config of this model as a plain, undistilled one.
+
+        Raises:
+            ValueError: On unknown keys or values out of range.
+        """
+        self.supervised_only = teacher is None
+        options = dict(teacher or {})
+        self.alpha = float(options.pop('alpha', 1.0))
+        self.tau = float(options.pop('tau', 20.0))
+        self.teacher_checkpoint = options.pop('checkpoint', None)
+        self._teacher_config = options.pop('model', None) or strip_compression(
+            copy.deepcopy(config)
+        )
+        self._teacher: _Unregistered | None = None
+        if options:
+            raise ValueError(
+                f'teacher has unknown keys {sorted(options)}; expected alpha, '
+                'tau, checkpoint, model'
+            )
+        if not 0 < self.alpha <= 1:
+            raise ValueError(
+                f'teacher.alpha={self.alpha} is not in (0, 1]; set '
+                'teacher=None to train on labels alone'
+            )
+        if self.tau <= 0:
+            raise ValueError(
+                f'teacher.tau={self.tau} must be above 0, for example 20'
+            )
+
+    def build_teacher(self, config: dict) -> nn.Module:
+        """Build the teacher; implemented by each kind of model."""
+        raise NotImplementedError
+
+    def load_teacher(self, default_checkpoint: str | None = None) -> None:
+        """Build the teacher and load its weights.
+
+        Args:
+            default_checkpoint (str, optional): Used if ``teacher`` names no
+                ``checkpoint``.
+
+        Raises:
+            RuntimeError: If there is no checkpoint, or it does not fit.
+        """
+        if self.supervised_only or self._teacher is not None:
+            return
+        path = self.teacher_checkpoint or default_checkpoint
+        if path is None:
+            raise RuntimeError(
+                'distillation needs the dense checkpoint; set '
+                "model.teacher=dict(checkpoint='dense.pth') or load_from, or "
+                'train on labels alone with model.teacher=None'
+            )
+        saved = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+        state = {
+            key: value
+            for key, value in saved.get('state_dict', saved).items()
+            if '.compressor.' not in key
+        }
+        teacher = self.build_teacher(self._teacher_config)
+        missing = teacher.load_state_dict(state, strict=False).missing_keys
+        if missing:
+            raise RuntimeError(
+                f'the teacher checkpoint {path} lacks {missing[:8]}; it must '
+                'be the dense model this one was compressed from, or set '
+                'teacher.model to its config'
+            )
+        device = next(self.parameters()).device
+        teacher.requires_grad_(False).eval().to(device)
+        self._teacher = _Unregistered(teacher)
+        print_log(f'Distilling from {path}', logger='current')
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher, None before :meth:`load_teacher`."""
+        return self._teacher and self._teacher.module
+
+    @property
+    def distils(self) -> bool:
+        """Whether the loss has a soft-target part now.
+
+        Raises:
+            RuntimeError: If it should have one but there is no teacher.
+        """
+        if self.supervised_only:
+            return False
+        if self._teacher is None:
+            raise RuntimeError(
+                'the teacher is not loaded; add dict(type='
+                "'PruneMergeHook') to custom_hooks, call load_teacher(), or "
+                'set teacher=None'
+            )
+        return True
+
+    @contextmanager
+    def supervised(self) -> Iterator[None]:
+        """Train on labels alone inside the block, as scoring does."""
+        previous, self.supervised_only = self.supervised_only, True
+        try:
+            yield
+        finally:
+            self.supervised_only = previous
+
+    def distillation_losses(
+        self, inputs: Tensor, logits: Tensor, hard: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """``(1 - alpha) * hard losses + alpha * soft-target loss``.
+
+        Args:
+            inputs (Tensor): Images, (B, 3, H, W).
+            logits (Tensor): The student's, (B, classes, ...).
+            hard (dict): Losses and metrics from labels; losses have 'loss'
+                in their name.
+        """
+        with torch.no_grad():
+            target = self.logits(self.teacher, inputs)
+        losses = {
+            name: [v * (1 - self.alpha) for v in value]
+            if isinstance(value, list)
+            else value * (1 - self.alpha)
+            if 'loss' in name
+            else value
+            for name, value in hard.items()
+        }
+        soft = soft_target_loss(logits, target, self.tau)
+        losses['loss_distill'] = self.alpha * soft
+        return losses
+
+    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits (B, classes, ...) of student or teacher."""
+        raise NotImplementedError
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        if self._teacher is not None:
+            self._teacher.module._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)

@@ -1,0 +1,3 @@
+from .distilled_encoder_decoder import DistilledEncoderDecoder
+
+__all__ = ['DistilledEncoderDecoder']
