@@ -17,4 +17,7 @@ if find_spec('mmseg') is not None:
         # These register their classes.
         from . import datasets, engine, models  # noqa: F401
 
+        if find_spec('mmpretrain') is not None:
+            from .models import classifiers  # noqa: F401
+
 __all__ = ['__version__']

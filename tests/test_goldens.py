@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shared_path
+from helpers import shared_path
 from torch import Tensor
 
 from pm_seg.models import PMSegmenterMaskTransformerHead, PMVisionTransformer

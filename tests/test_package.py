@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_tool
+from helpers import ROOT, run_tool
 
 
 def test_core_needs_torch_alone(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import InfiniteSampler
-from mmseg.registry import DATA_SAMPLERS, TRANSFORMS
+
+from ..registry import register
 
 
 class Draw(int):
@@ -30,7 +31,7 @@ class Draw(int):
         return draw
 
 
-@DATA_SAMPLERS.register_module()
+@register('DATA_SAMPLERS')
 class NumberedInfiniteSampler(InfiniteSampler):
     """mmengine's ``InfiniteSampler``, each index numbered by its draw.
 
@@ -48,7 +49,7 @@ def mix_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-@TRANSFORMS.register_module()
+@register('TRANSFORMS')
 class SeedAugmentation(BaseTransform):
     """Seed the generators by the draw; the first step of a pipeline.
 

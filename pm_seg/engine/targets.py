@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 from mmengine.model import BaseModel
 
+from ..core import TokenCompressor
 from ..utils import count_macs, median, time_interleaved
 from .scoring import require_compressible
 
@@ -71,40 +72,45 @@ def meet_target(
         )
 
     cost: Callable[[], float] = latency if kind == 'latency_ms' else gmacs
-
-    def cost_at(keep: float) -> float:
-        for compressor in modules:
-            compressor.keep = keep
-            compressor.build()
-        return cost()
-
     if kind == 'share':
         limit *= _dense(modules, gmacs)
-    prune = max(compressor.prune for compressor in modules)
-    low = max(1.5 / compressor.num_tokens for compressor in modules)
-    high = 1.0 - prune
-    if cost_at(high) > limit:
-        cheapest = cost_at(low)
-        if cheapest > limit:
-            raise ValueError(
-                f'target {kind}={target[kind]} cannot be met: one token per '
-                f'compressed layer still costs {cheapest:.3g} against '
-                f'{limit:.3g}; compress more layers'
-            )
-        for _ in range(steps):
-            middle = (low + high) / 2
-            low, high = (
-                (middle, high) if cost_at(middle) <= limit else (low, middle)
-            )
-        cost_at(low)
-        high = low
+
+    def cost_at(keep: float) -> float | None:
+        """Cost at a keep, None if it leaves a layer without tokens."""
+        for compressor in modules:
+            compressor.keep = keep
+            try:
+                compressor.build()
+            except ValueError:
+                return None
+        return cost()
+
+    best, lowest = None, float('inf')
+    low, high = 0.0, 1.0 - max(compressor.prune for compressor in modules)
+    keep = high
+    for _ in range(steps):
+        value = cost_at(keep)
+        if value is not None and value <= limit:
+            best = keep
+        if best == high:
+            break
+        if value is None or value <= limit:
+            low = keep
+        else:
+            high, lowest = keep, min(lowest, value)
+        keep = (low + high) / 2
+    if best is None:
+        raise ValueError(
+            f'target {kind}={target[kind]} cannot be met: the lowest keep '
+            f'tried still costs {lowest:.3g} against {limit:.3g}; compress '
+            "more layers, or use thresholds='layer'"
+        )
+    cost_at(best)
     model.train(training)
-    return high
+    return best
 
 
-def _dense(
-    model: BaseModel, modules: list, cost: Callable[[], float]
-) -> float:
+def _dense(modules: list[TokenCompressor], cost: Callable[[], float]) -> float:
     """Cost of the model with compression off."""
     with ExitStack() as stack:
         for compressor in modules:

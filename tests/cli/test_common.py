@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from mmengine.config import Config
 
 from pm_seg.cli.common import (

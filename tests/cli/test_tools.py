@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from conftest import ROOT, SHARED, run_tool, shared_path
+from helpers import ROOT, SHARED, run_tool, shared_path
 
 SMALL = """
 _base_ = '{root}/configs/demo/segmenter_pm_scenes.py'

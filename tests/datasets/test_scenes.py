@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
 
 from pm_seg.datasets.scenes import CLASS_IDS, SIZES, draw_scene, write_scenes
@@ -42,14 +43,15 @@ def test_position_bias_and_thin_structures() -> None:
 
 
 def test_layout_is_read_by_ade20k_dataset(scenes: Path) -> None:
+    init_default_scope('mmseg')
     dataset = ADE20KDataset(
         data_root=str(scenes),
         data_prefix=dict(
             img_path='images/training', seg_map_path='annotations/training'
         ),
         pipeline=[
-            dict(type='mmseg.LoadImageFromFile'),
-            dict(type='mmseg.LoadAnnotations'),
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations'),
         ],
     )
     assert len(dataset) == 12

@@ -6,12 +6,12 @@ from contextlib import ExitStack
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from mmseg.registry import HOOKS
 
+from ...registry import register
 from ...utils.progress import ProgressReporter
 
 
-@HOOKS.register_module()
+@register('HOOKS')
 class ProgressHook(Hook):
     """Shows training, validation and testing as progress bars.
 

@@ -9,15 +9,15 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
-from mmseg.registry import HOOKS
 
 from ...models.distillation import DistillationMixin
+from ...registry import register
 from ..report import describe
 from ..scoring import compress, require_compressible
 from ..targets import check_target, meet_target
 
 
-@HOOKS.register_module()
+@register('HOOKS')
 class PruneMergeHook(Hook):
     """Compresses the model before training starts.
 

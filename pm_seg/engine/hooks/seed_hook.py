@@ -6,12 +6,12 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from mmseg.registry import HOOKS
 
 from ...datasets.reproducible import mix_seed
+from ...registry import register
 
 
-@HOOKS.register_module()
+@register('HOOKS')
 class SeedIterationHook(Hook):
     """Seeds torch before every training iteration by its number.
 

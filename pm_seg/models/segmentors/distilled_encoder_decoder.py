@@ -56,7 +56,8 @@ class DistilledEncoderDecoder(DistillationMixin, EncoderDecoder):
         self.init_distillation(teacher, config)
 
     def build_teacher(self, config: dict) -> nn.Module:
-        return MODELS.build({'type': 'EncoderDecoder', **config})
+        with MODELS.switch_scope_and_registry('mmseg') as registry:
+            return registry.build({'type': 'EncoderDecoder', **config})
 
     def logits(self, model: EncoderDecoder, inputs: Tensor) -> Tensor:
         """Mask logits (B, classes, h, w) on the head's own grid."""

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_tool
-from mmengine.config import Config
+from helpers import ROOT, dense_checkpoint, run_tool, small_config
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
 
 from pm_seg.engine import PruneMergeHook
-from pm_seg.engine.scoring import compressible_modules
+from pm_seg.engine.scoring import compress, compressible_modules
 
 # Imported by both processes; compares all weights and buffers over them.
 COMPARE = """
@@ -37,31 +38,8 @@ class CompareProcesses(Hook):
 """
 
 
-def config(scenes: Path, work_dir: Path, iters: int = 2) -> Config:
-    cfg = Config.fromfile(ROOT / 'configs/demo/segmenter_pm_scenes.py')
-    cfg.model.backbone.update(img_size=(64, 64), num_layers=2)
-    cfg.model.backbone.compression.layers = [1]
-    cfg.model.decode_head.compression.grid = (4, 4)
-    cfg.model.data_preprocessor.size = (64, 64)
-    cfg.model.teacher = None
-    for name in ('train', 'val', 'test'):
-        loader = cfg[f'{name}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
-        loader.dataset.data_root = str(scenes)
-        for step in loader.dataset.pipeline:
-            if step['type'] == 'RandomCrop':
-                step['crop_size'] = (64, 64)
-    cfg.train_dataloader.batch_size = 2
-    cfg.train_cfg.max_iters = iters
-    cfg.custom_hooks = [dict(type='PruneMergeHook', score_iters=2)]
-    cfg.default_hooks.logger.interval = 1
-    cfg.log_level = 'INFO'
-    cfg.work_dir = str(work_dir)
-    return cfg
-
-
 def test_scores_compresses_and_trains(scenes: Path, tmp_path: Path) -> None:
-    cfg = config(scenes, tmp_path)
+    cfg = small_config(scenes, tmp_path)
     runner = Runner.from_cfg(cfg)
     model = runner.train()
     for module in compressible_modules(model).values():
@@ -82,9 +60,9 @@ def test_scores_compresses_and_trains(scenes: Path, tmp_path: Path) -> None:
 def test_keeps_the_structure_of_a_checkpoint(
     scenes: Path, tmp_path: Path
 ) -> None:
-    cfg = config(scenes, tmp_path / 'first')
+    cfg = small_config(scenes, tmp_path / 'first')
     group = Runner.from_cfg(cfg).train().backbone.compressor.group.clone()
-    again = config(scenes, tmp_path / 'second')
+    again = small_config(scenes, tmp_path / 'second')
     again.load_from = str(tmp_path / 'first' / 'iter_2.pth')
     again.model.backbone.compression.keep = 0.25
     model = Runner.from_cfg(again).train()
@@ -95,7 +73,7 @@ def test_scoring_does_not_shift_training(scenes, tmp_path) -> None:
     """The batches seen in training do not depend on how many were scored."""
     seen = []
     for score_iters in (1, 3):
-        cfg = config(scenes, tmp_path / str(score_iters), iters=1)
+        cfg = small_config(scenes, tmp_path / str(score_iters), iters=1)
         cfg.custom_hooks[0].score_iters = score_iters
         runner = Runner.from_cfg(cfg)
         losses = []
@@ -116,11 +94,13 @@ def test_scoring_does_not_shift_training(scenes, tmp_path) -> None:
 
 def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
     """The train tool itself, under torchrun with gloo."""
-    cfg = config(scenes, tmp_path / 'work', iters=1)
+    cfg = small_config(scenes, tmp_path / 'work', iters=1)
     cfg.custom_imports.imports = ['pm_seg', 'compare_processes']
     cfg.custom_hooks.append(dict(type='CompareProcesses'))
-    cfg.dump(tmp_path / 'config.py')
     (tmp_path / 'compare_processes.py').write_text(COMPARE)
+    cfg.load_from = dense_checkpoint(cfg, tmp_path)
+    cfg.dump(tmp_path / 'config.py')
+    start = torch.load(cfg.load_from, weights_only=True)['state_dict']
     result = run_tool(
         '-m', 'torch.distributed.run', '--nproc_per_node=2',
         '--master_port=29511', ROOT / 'tools/train.py',
@@ -128,7 +108,20 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
         cwd=tmp_path, env=dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
     )  # fmt: skip
     assert 'IDENTICAL' in result.stdout + result.stderr
-    assert (tmp_path / 'work/iter_1.pth').is_file()
+    state = torch.load(tmp_path / 'work/iter_1.pth', weights_only=False)
+    # 2 processes x 2 batches of 2 images: the same 8 images in one process
+    for batch_size in (1, 4, 8):
+        cfg = small_config(scenes, tmp_path)
+        cfg.train_dataloader.batch_size = batch_size
+        init_default_scope('mmseg')
+        torch.manual_seed(0)
+        model = MODELS.build(cfg.model)
+        model.load_state_dict(start)
+        compress(model, cfg.train_dataloader, 8 // batch_size)
+        for name, module in compressible_modules(model).items():
+            together = state['state_dict'][f'{name}.compressor.scores']
+            difference = (module.compressor.scores - together).abs().max()
+            assert difference <= 1e-6 * together.max()
 
 
 def test_bad_score_iters() -> None:

@@ -1,0 +1,85 @@
+"""Layer-wise learning rates."""
+
+from __future__ import annotations
+
+from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
+
+from ..registry import register
+
+
+def layer_index(name: str, depth: int) -> int:
+    """0 for the embedding, 1..depth for the layers, depth + 1 for the rest.
+
+    Args:
+        name (str): Parameter name in the whole model.
+        depth (int): Layers of the backbone.
+    """
+    parts = name.split('.')
+    if parts[0] != 'backbone':
+        return depth + 1
+    if parts[1] in ('cls_token', 'dist_token', 'pos_embed', 'patch_embed'):
+        return 0
+    if parts[1] == 'layers':
+        return int(parts[2]) + 1
+    return depth + 1
+
+
+@register('OPTIM_WRAPPER_CONSTRUCTORS')
+class PMLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Learning rates that decay from the head to the embedding.
+
+    mmseg's own layer-decay constructors recognise backbones by their class
+    names and raise for Vision Transformers, the stock one included. A
+    parameter of layer i gets ``lr * decay_rate ** (depth + 1 - i)``; biases,
+    norms, embeddings and the merge and restore weights have no weight decay.
+
+    Args:
+        paramwise_cfg (dict): ``decay_rate``, and optionally
+            ``compressor_lr_mult`` for merge and restore weights (default 1).
+
+    Example:
+        >>> optim_wrapper = dict(
+        ...     constructor='PMLayerDecayOptimWrapperConstructor',
+        ...     paramwise_cfg=dict(decay_rate=0.65))
+    """
+
+    def __init__(
+        self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None
+    ) -> None:
+        if 'decay_rate' not in (paramwise_cfg or {}):
+            raise ValueError(
+                'paramwise_cfg needs decay_rate, for example '
+                'paramwise_cfg=dict(decay_rate=0.65)'
+            )
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+
+    def add_params(
+        self, params: list[dict], module: nn.Module, **kwargs
+    ) -> None:
+        """Add all trainable parameters of a whole model, in groups."""
+        depth = len(module.backbone.layers)
+        rate = self.paramwise_cfg['decay_rate']
+        multiplier = self.paramwise_cfg.get('compressor_lr_mult', 1.0)
+        groups: dict[tuple[float, bool], dict] = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            token_map = '.compressor.' in name
+            scale = rate ** (depth + 1 - layer_index(name, depth))
+            scale = multiplier if token_map else scale
+            decays = (
+                parameter.dim() > 1
+                and not token_map
+                and not name.endswith(('pos_embed', 'cls_token', 'dist_token'))
+            )
+            group = groups.setdefault(
+                (scale, decays),
+                dict(
+                    params=[],
+                    lr=self.base_lr * scale,
+                    weight_decay=(self.base_wd or 0.0) if decays else 0.0,
+                ),
+            )
+            group['params'].append(parameter)
+        params.extend(groups.values())

@@ -1,0 +1,85 @@
+"""What tests share: reference data, running tools, small configs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+
+from pm_seg.models.distillation import strip_compression
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Goldens, trained weights and CamVid; tests that need them are skipped
+#: where they are missing.
+SHARED = Path(os.environ.get('PM_SEG_SHARED', ROOT.parent / 'shared'))
+
+
+def shared_path(relative: str) -> Path:
+    """A file of the reference data, or skip the test."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f'reference data not found: {path} (set PM_SEG_SHARED)')
+    return path
+
+
+def run_tool(
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    check: bool = True,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script as a user would, in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd or ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+    )
+    if check and result.returncode:
+        raise AssertionError(
+            f'{arguments} failed:\n{result.stdout[-3000:]}\n'
+            f'{result.stderr[-3000:]}'
+        )
+    return result
+
+
+def small_config(scenes: Path, work_dir: Path, iters: int = 2) -> Config:
+    """The demo's compressed model, smaller, on a few scenes."""
+    cfg = Config.fromfile(ROOT / 'configs/demo/segmenter_pm_scenes.py')
+    cfg.model.backbone.update(img_size=(64, 64), num_layers=2)
+    cfg.model.backbone.compression.layers = [1]
+    cfg.model.decode_head.compression.grid = (4, 4)
+    cfg.model.data_preprocessor.size = (64, 64)
+    cfg.model.teacher = None
+    for name in ('train', 'val', 'test'):
+        loader = cfg[f'{name}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(scenes)
+        for step in loader.dataset.pipeline:
+            if step['type'] == 'RandomCrop':
+                step['crop_size'] = (64, 64)
+    cfg.train_dataloader.batch_size = 2
+    cfg.train_cfg.max_iters = iters
+    cfg.custom_hooks = [dict(type='PruneMergeHook', score_iters=2)]
+    cfg.default_hooks.logger.interval = 1
+    cfg.log_level = 'INFO'
+    cfg.work_dir = str(work_dir)
+    return cfg
+
+
+def dense_checkpoint(cfg, folder: Path) -> str:
+    """A dense start for runs with a teacher."""
+    init_default_scope('mmseg')
+    model = MODELS.build(strip_compression(cfg.model.to_dict()))
+    model.init_weights()
+    path = folder / 'dense.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    return str(path)

@@ -1,0 +1,260 @@
+"""Soft targets, and a teacher that leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmengine.model import ExponentialMovingAverage
+from mmengine.registry import init_default_scope
+from mmengine.structures import PixelData
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+
+from pm_seg.engine import gather_scores
+from pm_seg.models.distillation import soft_target_loss, strip_compression
+
+
+def segmentor(
+    compressed: bool = True, kind: str = 'DistilledEncoderDecoder', **options
+):
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    model = MODELS.build(
+        dict(
+            type=kind,
+            data_preprocessor=dict(
+                type='SegDataPreProcessor', size=(64, 64), seg_pad_val=255
+            ),
+            backbone=dict(
+                type='PMVisionTransformer',
+                img_size=64,
+                embed_dims=24,
+                num_layers=2,
+                num_heads=3,
+                compression=dict(keep=0.5) if compressed else None,
+            ),
+            decode_head=dict(
+                type='PMSegmenterMaskTransformerHead',
+                in_channels=24,
+                channels=24,
+                num_classes=5,
+                num_layers=1,
+                num_heads=3,
+                embed_dims=24,
+                drop_path_rate=0.0,
+                dropout_ratio=0.0,
+                loss_decode=dict(type='CrossEntropyLoss'),
+            ),
+            **options,
+        )
+    )
+    model.init_weights()
+    return model
+
+
+def batch(model, count: int = 2) -> dict:
+    data = dict(
+        inputs=[torch.randint(0, 255, (3, 64, 64)).byte()] * count,
+        data_samples=[
+            SegDataSample(
+                gt_sem_seg=PixelData(data=torch.randint(0, 5, (1, 64, 64)))
+            )
+            for _ in range(count)
+        ],
+    )
+    return model.data_preprocessor(data, training=True)
+
+
+def compress(model) -> None:
+    compressor = model.backbone.compressor
+    compressor.set_scores(torch.rand_like(compressor.scores) + 0.1)
+
+
+@pytest.fixture
+def dense_checkpoint(tmp_path) -> str:
+    path = tmp_path / 'dense.pth'
+    torch.save(dict(state_dict=segmentor(False).state_dict()), path)
+    return str(path)
+
+
+def test_soft_target_loss() -> None:
+    student, teacher = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    p = (teacher / 5).softmax(1)
+    q = (student / 5).softmax(1)
+    expected = 25 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(
+        soft_target_loss(student, teacher, 5.0), expected
+    )
+    assert soft_target_loss(teacher, teacher, 5.0).abs() < 1e-6
+
+
+def test_gradient_does_not_shrink_with_the_temperature() -> None:
+    teacher = torch.randn(1, 10)
+    norms = []
+    for tau in (10.0, 100.0):
+        student = torch.zeros(1, 10, requires_grad=True)
+        soft_target_loss(student, teacher, tau).backward()
+        norms.append(student.grad.norm())
+    assert norms[1] / norms[0] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize('alpha', [1.0, 0.3])
+def test_loss(dense_checkpoint: str, alpha: float) -> None:
+    model = segmentor(teacher=dict(alpha=alpha, tau=2.0))
+    compress(model)
+    model.load_teacher(dense_checkpoint)
+    data = batch(model)
+    losses = model(**data, mode='loss')
+    with torch.no_grad():
+        student = model(data['inputs'], mode='tensor')
+        teacher = model.teacher(data['inputs'], mode='tensor')
+        with model.supervised():
+            hard = model(**data, mode='loss')
+    expected = alpha * soft_target_loss(student, teacher, 2.0)
+    torch.testing.assert_close(losses['loss_distill'], expected)
+    if alpha == 1:
+        assert set(losses) == {'loss_distill'}
+    else:
+        torch.testing.assert_close(
+            losses['decode.loss_ce'], 0.7 * hard['decode.loss_ce']
+        )
+    model.parse_losses(losses)[0].backward()
+    assert all(p.grad is None for p in model.teacher.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_teacher_is_the_dense_model(dense_checkpoint: str) -> None:
+    """Before compression student and teacher agree: no loss."""
+    model = segmentor(teacher=dict())
+    model.load_state_dict(torch.load(dense_checkpoint)['state_dict'])
+    model.load_teacher(dense_checkpoint)
+    assert model.teacher.backbone.compressor is None
+    with model.backbone.compressor.disabled():
+        losses = model(**batch(model), mode='loss')
+    assert losses['loss_distill'].abs() < 1e-5
+
+
+def test_the_teacher_leaves_no_trace(dense_checkpoint: str) -> None:
+    model = segmentor(teacher=dict())
+    names = set(model.state_dict())
+    count = len(list(model.parameters()))
+    model.load_teacher(dense_checkpoint)
+    assert set(model.state_dict()) == names
+    assert len(list(model.parameters())) == count
+    average = ExponentialMovingAverage(model)
+    assert average.module.teacher is model.teacher, 'shared, not copied'
+    assert copy.deepcopy(model).teacher is model.teacher
+    model.train()
+    assert not model.teacher.training
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+    model.double()
+    assert next(model.teacher.parameters()).dtype == torch.float64
+
+
+def test_a_student_loads_in_a_plain_segmentor(dense_checkpoint) -> None:
+    model = segmentor(teacher=dict()).eval()
+    compress(model)
+    model.load_teacher(dense_checkpoint)
+    plain = segmentor(kind='EncoderDecoder').eval()
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(plain(images), model(images))
+
+
+def test_compressed_checkpoints_teach_with_their_dense_weights(
+    tmp_path,
+) -> None:
+    source = segmentor()
+    compress(source)
+    path = tmp_path / 'pm.pth'
+    torch.save(dict(state_dict=source.state_dict()), path)
+    model = segmentor(teacher=dict(checkpoint=str(path)))
+    model.load_teacher()
+    for name, value in model.teacher.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name])
+
+
+def test_scoring_uses_labels(dense_checkpoint: str) -> None:
+    """A student that equals its teacher would have no gradient at all."""
+    model = segmentor(teacher=dict())
+    raw = dict(
+        inputs=[torch.randint(0, 255, (3, 64, 64)).byte()],
+        data_samples=[
+            SegDataSample(
+                gt_sem_seg=PixelData(data=torch.randint(0, 5, (1, 64, 64)))
+            )
+        ],
+    )
+    scores = gather_scores(model, [raw], 1)['backbone']
+    assert (scores > 0).any()
+    model.load_teacher(dense_checkpoint)
+    again = gather_scores(model, [raw], 1)['backbone']
+    assert torch.equal(scores, again)
+
+
+def test_errors(tmp_path, dense_checkpoint: str) -> None:
+    with pytest.raises(ValueError, match=r"unknown keys \['beta'\]"):
+        segmentor(teacher=dict(beta=1))
+    with pytest.raises(ValueError, match='alpha=0.0 is not in'):
+        segmentor(teacher=dict(alpha=0))
+    with pytest.raises(ValueError, match='tau=-1.0 must be above 0'):
+        segmentor(teacher=dict(tau=-1))
+    model = segmentor(teacher=dict())
+    compress(model)
+    with pytest.raises(RuntimeError, match='the teacher is not loaded'):
+        model(**batch(model), mode='loss')
+    with pytest.raises(RuntimeError, match='needs the dense checkpoint'):
+        model.load_teacher()
+    state = torch.load(dense_checkpoint)['state_dict']
+    del state['decode_head.cls_emb']
+    torch.save(state, tmp_path / 'broken.pth')
+    with pytest.raises(RuntimeError, match='cls_emb: missing'):
+        model.load_teacher(str(tmp_path / 'broken.pth'))
+
+
+def test_strip_compression() -> None:
+    config = dict(a=[dict(compression=dict(keep=1), b=2)], c=(1, 2))
+    assert strip_compression(config) == dict(
+        a=[dict(compression=None, b=2)], c=(1, 2)
+    )
+
+
+@pytest.mark.parametrize('alpha', [1.0, 0.8])
+def test_image_classifier(tmp_path, alpha: float) -> None:
+    """The mmpretrain twin, here with mmpretrain's own backbone."""
+    pytest.importorskip('mmpretrain')
+    from mmpretrain.registry import MODELS as CLASSIFIERS
+    from mmpretrain.structures import DataSample
+
+    config = dict(
+        backbone=dict(type='VisionTransformer', arch='deit-tiny', img_size=32),
+        head=dict(
+            type='VisionTransformerClsHead', num_classes=4, in_channels=192
+        ),
+    )
+    with torch.random.fork_rng():
+        plain = CLASSIFIERS.build(
+            dict(
+                type='mmpretrain.ImageClassifier', _scope_='mmpretrain',
+                **config,
+            )
+        )  # fmt: skip
+    torch.save(dict(state_dict=plain.state_dict()), tmp_path / 'dense.pth')
+    model = CLASSIFIERS.build(
+        dict(
+            type='DistilledImageClassifier', _scope_='mmpretrain',
+            teacher=dict(alpha=alpha, tau=1.0), **config,
+        )
+    )  # fmt: skip
+    model.load_teacher(str(tmp_path / 'dense.pth'))
+    images = torch.randn(3, 3, 32, 32)
+    samples = [DataSample().set_gt_label(i) for i in range(3)]
+    losses = model(images, samples, mode='loss')
+    assert set(losses) == (
+        {'loss_distill'} if alpha == 1 else {'loss', 'loss_distill'}
+    )
+    model.parse_losses(losses)[0].backward()
+    plain.load_state_dict(model.state_dict())
