@@ -301,6 +301,8 @@ def quiet_warnings() -> None:
     for pattern in (
         'Default ``avg_non_ignore`` is False',
         'The draw is False',
+        '.*has been created, the method `get_instance`',
+        '.*`reduce_zero_label` will be deprecated',
         r'.*`lr_scheduler.step\(\)` before `optimizer.step',
     ):
         warnings.filterwarnings('ignore', message=pattern)

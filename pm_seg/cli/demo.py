@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import time
-import warnings
 from pathlib import Path
 
 import cv2
@@ -139,8 +138,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/demo.py``."""
     args = parse_args(argv)
     quiet_warnings()
-    for pattern in ('.*reduce_zero_label', '.*has been created, the method'):
-        warnings.filterwarnings('ignore', message=pattern)
     start = time.monotonic()
     work = Path(args.work_dir)
     data = work / 'data'
