@@ -17,7 +17,3 @@ model = dict(
     ),
 )
 load_from = 'checkpoints/segmenter_vit-t_camvid.pth'
-custom_hooks = [
-    dict(type='PruneMergeHook', score_iters=20, evaluate=True),
-    dict(type='SeedIterationHook'),
-]

@@ -75,3 +75,18 @@ class PMTransformerEncoderLayer(TransformerEncoderLayer):
         if self.with_cp and torch.is_grad_enabled():
             return cp.checkpoint(self._block, x, use_reentrant=False)
         return self._block(x)
+
+
+def append_layers(
+    layers: nn.ModuleList, num_layers: int, drop_path_rate: float, **kwargs
+) -> None:
+    """Append encoder layers whose drop-path rate grows linearly with depth.
+
+    Args:
+        layers (nn.ModuleList): Appended to.
+        num_layers (int): Number of layers.
+        drop_path_rate (float): Rate of the last layer.
+        **kwargs: Arguments of :class:`PMTransformerEncoderLayer`.
+    """
+    for rate in torch.linspace(0, drop_path_rate, num_layers).tolist():
+        layers.append(PMTransformerEncoderLayer(drop_path_rate=rate, **kwargs))

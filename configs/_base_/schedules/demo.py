@@ -1,4 +1,5 @@
 # Minutes on two CPU cores; progress bars instead of log lines.
+_base_ = './common.py'
 max_iters = 450
 optim_wrapper = dict(
     type='OptimWrapper',
@@ -19,17 +20,8 @@ param_scheduler = [
 train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=max_iters, val_interval=10**9
 )
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=10, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=1
-    ),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'),
+    logger=dict(interval=10), checkpoint=dict(interval=200, max_keep_ckpts=1)
 )
 custom_hooks = [dict(type='ProgressHook', title='Training the dense model')]
 randomness = dict(seed=0)

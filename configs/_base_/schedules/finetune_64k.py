@@ -1,6 +1,7 @@
 # Fine-tuning a compressed model by the paper's protocol: AdamW, 1e-4 with
 # cosine decay, weight decay 1e-4, 50 epochs of ADE20K (20210 images) at a
 # total batch size of 16. Merge and restore weights are not decayed.
+_base_ = './common.py'
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=1e-4),
@@ -10,11 +11,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(
-        type='LinearLR',
-        start_factor=0.01,
-        begin=0,
-        end=1000,
-        by_epoch=False,
+        type='LinearLR', start_factor=0.01, begin=0, end=1000, by_epoch=False
     ),
     dict(
         type='CosineAnnealingLR',
@@ -25,22 +22,7 @@ param_scheduler = [
     ),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=64000, val_interval=8000)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(
-        type='CheckpointHook',
-        by_epoch=False,
-        interval=4000,
-        max_keep_ckpts=2,
-        save_best='mIoU',
-    ),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'),
-)
+default_hooks = dict(checkpoint=dict(interval=4000, save_best='mIoU'))
 custom_hooks = [
     dict(type='PruneMergeHook', score_iters=200),
     dict(type='SeedIterationHook'),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.structure import Grid
 from ..compressible import CompressibleMixin
-from ..layers import PMTransformerEncoderLayer
+from ..layers import append_layers
 
 _PATCH_BIAS = 'patch_embed.projection.bias'
 
@@ -110,23 +110,21 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
                 f'out_indices={list(self.out_indices)} must lie in '
                 f'0..{num_layers - 1}, the layers of this model'
             )
-        drop_path = torch.linspace(0, drop_path_rate, num_layers).tolist()
-        for rate in drop_path:
-            self.layers.append(
-                PMTransformerEncoderLayer(
-                    embed_dims=embed_dims,
-                    num_heads=num_heads,
-                    feedforward_channels=mlp_ratio * embed_dims,
-                    attn_drop_rate=attn_drop_rate,
-                    drop_rate=drop_rate,
-                    drop_path_rate=rate,
-                    num_fcs=num_fcs,
-                    qkv_bias=qkv_bias,
-                    act_cfg=act_cfg,
-                    norm_cfg=norm_cfg,
-                    with_cp=with_cp,
-                )
-            )
+        append_layers(
+            self.layers,
+            num_layers,
+            drop_path_rate,
+            embed_dims=embed_dims,
+            num_heads=num_heads,
+            feedforward_channels=mlp_ratio * embed_dims,
+            attn_drop_rate=attn_drop_rate,
+            drop_rate=drop_rate,
+            num_fcs=num_fcs,
+            qkv_bias=qkv_bias,
+            act_cfg=act_cfg,
+            norm_cfg=norm_cfg,
+            with_cp=with_cp,
+        )
         self.build_compressor(
             compression,
             grid=(

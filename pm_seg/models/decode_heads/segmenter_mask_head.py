@@ -11,7 +11,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from ..compressible import CompressibleMixin
-from ..layers import PMTransformerEncoderLayer
+from ..layers import append_layers
 
 
 @MODELS.register_module()
@@ -66,21 +66,20 @@ class PMSegmenterMaskTransformerHead(
             norm_cfg=norm_cfg,
             **kwargs,
         )
-        for rate in torch.linspace(0, drop_path_rate, num_layers).tolist():
-            self.layers.append(
-                PMTransformerEncoderLayer(
-                    embed_dims=embed_dims,
-                    num_heads=num_heads,
-                    feedforward_channels=mlp_ratio * embed_dims,
-                    attn_drop_rate=attn_drop_rate,
-                    drop_rate=drop_rate,
-                    drop_path_rate=rate,
-                    num_fcs=num_fcs,
-                    qkv_bias=qkv_bias,
-                    act_cfg=act_cfg,
-                    norm_cfg=norm_cfg,
-                )
-            )
+        append_layers(
+            self.layers,
+            num_layers,
+            drop_path_rate,
+            embed_dims=embed_dims,
+            num_heads=num_heads,
+            feedforward_channels=mlp_ratio * embed_dims,
+            attn_drop_rate=attn_drop_rate,
+            drop_rate=drop_rate,
+            num_fcs=num_fcs,
+            qkv_bias=qkv_bias,
+            act_cfg=act_cfg,
+            norm_cfg=norm_cfg,
+        )
         if compression is not None and 'grid' not in compression:
             raise ValueError(
                 'compression of the head needs grid=(rows, columns), the '
