@@ -2,7 +2,7 @@
 _base_ = './segmenter_scenes.py'
 model = dict(
     type='DistilledEncoderDecoder',
-    teacher=dict(alpha=1.0, tau=20.0),
+    teacher=dict(alpha=0.5, tau=20.0),
     backbone=dict(
         compression=dict(keep=0.5, thresholds='layer', layers=range(1, 6))
     ),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .centres import CENTRES, select_centres, top_mask
 from .structure import (
     BUILDERS,
     PRUNED,
@@ -93,6 +94,12 @@ class TokenCompressor(nn.Module):
             all.
         builder (str): 'row_window' (the release) or 'nearest_centre'
             (Voronoi groups in 2-D). Defaults to 'nearest_centre'.
+        centres (str, optional): 'score' (the paper) or 'spread', see
+            :func:`~pm_seg.core.centres.select_centres`. Defaults to 'score'
+            for 'row_window' and 'spread' for 'nearest_centre'.
+        score_power (float): How much scores count in 'spread'. Defaults to
+            0.5.
+        seed (int): Seed of 'spread'. Defaults to 0.
         thresholds (str): 'global' or 'layer', see
             :func:`~pm_seg.core.structure.count_tokens`. Defaults to
             'global'.
@@ -128,6 +135,9 @@ class TokenCompressor(nn.Module):
         prune: float = 0.0,
         layers: Sequence[int] | None = None,
         builder: str = 'nearest_centre',
+        centres: str | None = None,
+        score_power: float = 0.5,
+        seed: int = 0,
         thresholds: str = 'global',
         decay: float = 0.0,
         restore: str = 'residual',
@@ -141,6 +151,7 @@ class TokenCompressor(nn.Module):
         check_rates(keep, prune)
         for name, value, allowed in (
             ('builder', builder, tuple(BUILDERS)),
+            ('centres', centres, (None, *CENTRES)),
             ('thresholds', thresholds, THRESHOLDS),
             ('weights', weights, (None, *WEIGHTS)),
             ('matrices', matrices, MATRICES),
@@ -158,6 +169,11 @@ class TokenCompressor(nn.Module):
         self.layers = self._check_layers(layers)
         self.spans = self._make_spans(span)
         self.builder = builder
+        self.centres = centres or (
+            'spread' if builder == 'nearest_centre' else 'score'
+        )
+        self.score_power = score_power
+        self.seed = seed
         self.thresholds = thresholds
         self.decay = decay
         self.mode = check_restore_mode(restore)
@@ -496,11 +512,20 @@ class TokenCompressor(nn.Module):
         grid: Grid,
     ) -> Tensor:
         """Groups of all layers from the scores of the token maps."""
-        tokens = torch.arange(grid[0] * grid[1])
-        group = tokens.repeat(self.depth, 1)
+        alive = torch.stack([top_mask(row, n) for row, n in zip(scores, live)])
+        chosen = select_centres(
+            scores,
+            centres,
+            alive,
+            grid,
+            self.centres,
+            self.score_power,
+            self.seed,
+        )
+        group = torch.arange(grid[0] * grid[1]).repeat(self.depth, 1)
         for row, layers in enumerate(self.spans):
             group[list(layers)] = build_groups(
-                scores[row], centres[row], live[row], grid, self.builder
+                chosen[row], alive[row], grid, self.builder
             )
         return group
 

@@ -133,11 +133,6 @@ def count_tokens(
     return centres, live
 
 
-def top_mask(scores: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` highest scores, ties included, (N,) bool."""
-    return scores >= scores.sort(descending=True).values[count - 1]
-
-
 def row_window_groups(centres: Tensor, grid: Grid) -> Tensor:
     """The release's groups: runs of tokens in raster order around a centre.
 
@@ -203,14 +198,14 @@ BUILDERS: dict[str, Builder] = {
 
 
 def build_groups(
-    scores: Tensor, num_centres: int, num_live: int, grid: Grid, builder: str
+    centres: Tensor, live: Tensor, grid: Grid, builder: str
 ) -> Tensor:
     """Groups of one layer.
 
     Args:
-        scores (Tensor): (N,).
-        num_centres (int): K, the tokens with the highest scores.
-        num_live (int): Tokens that are not pruned, K <= num_live <= N.
+        centres (Tensor): bool, (N,), at least one set.
+        live (Tensor): Tokens that are not pruned, bool, (N,); all centres
+            are.
         grid (tuple[int, int]): Height and width, N = h * w.
         builder (str): A key of ``BUILDERS``.
 
@@ -218,21 +213,18 @@ def build_groups(
         Tensor: Group of each token, -1 if pruned, int64, (N,).
 
     Raises:
-        ValueError: On an unknown builder or counts that contradict.
+        ValueError: On an unknown builder, no centre, or a pruned centre.
     """
     if builder not in BUILDERS:
         raise ValueError(
             f'builder={builder!r} is unknown; choose one of {tuple(BUILDERS)}'
         )
-    if not 1 <= num_centres <= num_live <= scores.numel():
+    if not centres.any() or (centres & ~live).any():
         raise ValueError(
-            f'got {num_centres} centres and {num_live} live tokens; expected '
-            f'1 <= centres <= live <= {scores.numel()}, the tokens of grid '
-            f'{grid}'
+            f'got {int(centres.sum())} centres, {int((centres & ~live).sum())}'
+            ' of them pruned; expected at least one, and none pruned'
         )
-    centres = top_mask(scores, num_centres)
-    group = BUILDERS[builder](centres, grid)
-    return torch.where(top_mask(scores, num_live), group, PRUNED)
+    return torch.where(live, BUILDERS[builder](centres, grid), PRUNED)
 
 
 def sum_by_group(values: Tensor, group: Tensor) -> Tensor:

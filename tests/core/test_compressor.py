@@ -44,15 +44,20 @@ def test_layers_left_dense() -> None:
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
     st.sampled_from(['nearest_centre', 'row_window']),
     st.sampled_from(['global', 'layer']),
+    st.sampled_from(['score', 'spread']),
     st.sampled_from([0.0, 0.2]),
     st.integers(0, 100),
 )
 @settings(max_examples=60, deadline=None)
 def test_other_grids_stay_partitions(
-    grid, builder: str, thresholds: str, prune: float, seed: int
+    grid, builder, thresholds, centres, prune: float, seed: int
 ) -> None:
     module = compressor(
-        builder=builder, thresholds=thresholds, prune=prune, keep=0.6
+        builder=builder,
+        thresholds=thresholds,
+        centres=centres,
+        prune=prune,
+        keep=0.6,
     )
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -132,13 +132,20 @@ def test_bad_scores(change, message: str) -> None:
         check_scores(scores)
 
 
-def test_build_groups_errors() -> None:
-    scores = torch.rand(12)
+def test_build_groups() -> None:
+    centres = torch.zeros(12, dtype=torch.bool)
+    live = torch.ones(12, dtype=torch.bool)
+    with pytest.raises(ValueError, match='got 0 centres'):
+        build_groups(centres, live, (3, 4), 'row_window')
+    centres[5] = True
     with pytest.raises(ValueError, match="builder='x' is unknown"):
-        build_groups(scores, 3, 12, (3, 4), 'x')
-    for centres, live in ((0, 12), (5, 4), (3, 13)):
-        with pytest.raises(ValueError, match='expected 1 <= centres'):
-            build_groups(scores, centres, live, (3, 4), 'row_window')
+        build_groups(centres, live, (3, 4), 'x')
+    live[7] = False
+    group = build_groups(centres, live, (3, 4), 'nearest_centre')
+    assert group.tolist() == [0] * 7 + [-1] + [0] * 4
+    live[5] = False
+    with pytest.raises(ValueError, match='1 of them pruned'):
+        build_groups(centres, live, (3, 4), 'nearest_centre')
 
 
 def test_mean_weights() -> None:

@@ -1,0 +1,98 @@
+"""Which tokens become the centres of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+CENTRES = ('score', 'spread')
+
+
+def top_mask(scores: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` highest scores, ties included, (N,) bool."""
+    return scores >= scores.sort(descending=True).values[count - 1]
+
+
+def spread_mask(
+    weight: Tensor, count: int, grid: Grid, rng: np.random.Generator
+) -> Tensor:
+    """Centres spread evenly over the grid, denser where weights are high.
+
+    Weighted farthest-point sampling: take the token with the largest
+    ``weight * distance to the nearest centre so far``, 5 % jitter, until
+    there are ``count``. Time O(N count).
+
+    Args:
+        weight (Tensor): (N,), >= 0; tokens of weight 0 come last.
+        count (int): Centres wanted, at most N.
+        grid (tuple[int, int]): Height and width, N = h * w.
+        rng (np.random.Generator): Source of the jitter.
+
+    Returns:
+        Tensor: bool, (N,), ``count`` of them set.
+    """
+    height, width = grid
+    rows, columns = np.divmod(np.arange(height * width), width)
+    gain = weight.double().numpy() * rng.uniform(0.95, 1.05, weight.numel())
+    gain = gain**2  # distances are squared: the product ranks alike
+    nearest = np.full(height * width, float((height + width) ** 2))
+    chosen = np.zeros(height * width, bool)
+    for _ in range(count):
+        centre = int(np.argmax(gain * nearest))
+        chosen[centre] = True
+        gain[centre] = -1.0
+        row, column = divmod(centre, width)
+        distance = (rows - row) ** 2 + (columns - column) ** 2
+        np.minimum(nearest, np.maximum(distance, 1), out=nearest)
+    return torch.from_numpy(chosen)
+
+
+def select_centres(
+    scores: Tensor,
+    counts: Sequence[int],
+    live: Tensor,
+    grid: Grid,
+    kind: str = 'score',
+    power: float = 0.5,
+    seed: int = 0,
+) -> Tensor:
+    """Centres of every token map.
+
+    'score' takes the tokens with the highest scores (the paper). 'spread'
+    covers the grid evenly with weights ``score^power * (1 + token maps since
+    the token was a centre)``: importance counts once coverage is kept, and
+    the centres rotate over depth, so that no token is merged everywhere.
+
+    Args:
+        scores (Tensor): Normalised scores, (maps, N).
+        counts (Sequence[int]): Centres of each map.
+        live (Tensor): Tokens that are not pruned, bool, (maps, N).
+        grid (tuple[int, int]): Height and width, N = h * w.
+        kind (str): 'score' or 'spread'.
+        power (float): Exponent of the scores in 'spread'; 0 ignores them.
+        seed (int): Seed of the jitter in 'spread'.
+
+    Returns:
+        Tensor: bool, (maps, N).
+    """
+    if kind == 'score':
+        masks = [top_mask(row, n) for row, n in zip(scores, counts)]
+        return torch.stack(masks)
+    if kind != 'spread':
+        raise ValueError(
+            f'centres={kind!r} is unknown; choose one of {CENTRES}'
+        )
+    rng = np.random.default_rng(seed)
+    age = torch.zeros(scores.shape[1], dtype=torch.float64)
+    masks = []
+    for row, count, alive in zip(scores, counts, live):
+        floor = 1e-6 * row.max().double()
+        weight = row.double().clamp_min(floor).pow(power) * (1 + age) * alive
+        mask = spread_mask(weight, count, grid, rng)
+        age = torch.where(mask, 0.0, age + 1)
+        masks.append(mask)
+    return torch.stack(masks)
