@@ -16,7 +16,9 @@ if find_spec('mmseg') is not None:
         warnings.filterwarnings('ignore', message='Fail to import')
         # These register their classes.
         from . import datasets, engine, models  # noqa: F401
+        from .utils.checkpoints import allow_training_state
 
+        allow_training_state()
         if find_spec('mmpretrain') is not None:
             from .models import classifiers  # noqa: F401
 

@@ -128,7 +128,7 @@ def _gmacs(config: str, extra: list[str], checkpoint: Path) -> float:
     cfg = train.load_config(args)
     init_default_scope('mmseg')
     model = MODELS.build(cfg.model).eval()
-    state = torch.load(checkpoint, map_location='cpu', weights_only=False)
+    state = torch.load(checkpoint, map_location='cpu', weights_only=True)
     model.load_state_dict(state['state_dict'])
     images = torch.zeros(1, 3, *cfg.crop_size)
     return count_macs(lambda: model(images, mode='tensor')) / 1e9

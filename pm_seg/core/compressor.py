@@ -539,6 +539,13 @@ class TokenCompressor(nn.Module):
         device = self.group.device
         group, scores = self.group.cpu(), self.scores.float().cpu()
         if grid != self.grid:
+            if not (scores[list(self.layers)] > 0).any(1).all():
+                raise RuntimeError(
+                    f'no token map for a {grid[0]}x{grid[1]} grid can be '
+                    f'derived from the {self.grid[0]}x{self.grid[1]} one: '
+                    'its groups were set without scores. Call set_scores, '
+                    'or resize images to the native size'
+                )
             native = self._layout(self.grid)
             share = grid[0] * grid[1] / self.num_tokens
             total = grid[0] * grid[1]

@@ -139,7 +139,7 @@ def test_a_dense_checkpoint_is_not_tested_as_a_compressed_one(work) -> None:
 
 
 def test_a_wrong_checkpoint_fails_saying_which_key(work: Path) -> None:
-    saved = torch.load(work / 'work_dirs/dense/iter_2.pth', weights_only=False)
+    saved = torch.load(work / 'work_dirs/dense/iter_2.pth', weights_only=True)
     key = 'backbone.layers.0.ffn.layers.1.weight'
     saved['state_dict'][key] = saved['state_dict'][key][:-1]
     torch.save(dict(state_dict=saved['state_dict']), work / 'wrong.pth')

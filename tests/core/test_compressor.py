@@ -108,6 +108,17 @@ def test_same_grid_and_wider_grid_are_derived_once() -> None:
     assert len(module._layouts) <= module.max_cached_layouts
 
 
+def test_groups_without_scores_fit_their_own_grid_only() -> None:
+    module = compressor(scores=False)
+    module.set_groups(
+        torch.arange(24).div(2, rounding_mode='floor').repeat(3, 1)
+    )
+    assert module.num_groups == [12] * 3
+    assert module.token_maps(GRID)[0].num_slots == 13
+    with pytest.raises(RuntimeError, match='set without scores'):
+        module.token_maps((5, 5))
+
+
 def test_learned_weights_carry_over_to_other_grids() -> None:
     module = compressor(weights='mean')
     grid = (8, 12)

@@ -101,7 +101,7 @@ def curve(folder: Path) -> dict[int, float]:
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / 'work' / f'iter_{ITERS}.pth'
-    return torch.load(path, weights_only=False)['state_dict']
+    return torch.load(path, weights_only=True)['state_dict']
 
 
 @pytest.fixture(scope='module')

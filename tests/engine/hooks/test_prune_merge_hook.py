@@ -44,7 +44,7 @@ def test_scores_compresses_and_trains(scenes: Path, tmp_path: Path) -> None:
     model = runner.train()
     for module in compressible_modules(model).values():
         assert module.compressor.has_structure
-    saved = torch.load(tmp_path / 'iter_2.pth', weights_only=False)
+    saved = torch.load(tmp_path / 'iter_2.pth', weights_only=True)
     scores = saved['state_dict']['backbone.compressor.scores']
     assert scores.shape == (2, 16) and (scores > 0).any()
     decay = {
@@ -108,7 +108,7 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
         cwd=tmp_path, env=dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
     )  # fmt: skip
     assert 'IDENTICAL' in result.stdout + result.stderr
-    state = torch.load(tmp_path / 'work/iter_1.pth', weights_only=False)
+    state = torch.load(tmp_path / 'work/iter_1.pth', weights_only=True)
     # 2 processes x 2 batches of 2 images: the same 8 images in one process
     for batch_size in (1, 4, 8):
         cfg = small_config(scenes, tmp_path)

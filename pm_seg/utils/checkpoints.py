@@ -1,0 +1,42 @@
+"""Loading checkpoints without running code from them."""
+
+from __future__ import annotations
+
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from mmengine.logging.history_buffer import HistoryBuffer
+
+
+def _history_method(owner: type, name: str) -> object:
+    """Stands in for ``getattr``, for the one class that needs it."""
+    if owner is not HistoryBuffer:
+        raise UnpicklingError(f'refusing to read {name!r} of {owner!r}')
+    return getattr(owner, name)
+
+
+def allow_training_state() -> None:
+    """Let weights-only loading read what mmengine saves for resuming.
+
+    Since torch 2.6 ``torch.load`` reads weights only, and mmengine 0.10.7
+    cannot resume: its checkpoints hold logged scalars as ``HistoryBuffer``
+    with numpy arrays. These few types are allowed; code is still refused.
+    """
+    if not hasattr(torch.serialization, 'safe_globals'):
+        return  # older torch, where the default reads everything
+    core = np._core if hasattr(np, '_core') else np.core
+    multiarray = core.multiarray
+    types: list = [
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
+        multiarray._reconstruct,
+        multiarray.scalar,
+    ]
+    types += [
+        type(np.dtype(kind))
+        for kind in (np.float32, np.float64, np.int32, np.int64, np.uint32)
+    ]
+    types.append((_history_method, 'builtins.getattr'))
+    torch.serialization.add_safe_globals(types)

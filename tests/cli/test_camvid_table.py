@@ -1,0 +1,57 @@
+"""The CamVid comparison script: rows, resuming, the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pm_seg.cli import camvid_table
+from pm_seg.cli.common import load_config
+from pm_seg.cli.train import parse_args
+
+
+@pytest.mark.parametrize('row', list(camvid_table.ROWS))
+def test_options_fit_the_configs(row: str) -> None:
+    """Every option names a setting that exists, and is taken over."""
+    config, extra = camvid_table.ROWS[row]
+    args = camvid_table.parse_args(['--iters', '50', '--data', 'd'])
+    options = camvid_table._options(args, seed=3)
+    cfg = load_config(parse_args([config, '--cfg-options', *options, *extra]))
+    assert cfg.train_cfg.max_iters == 50
+    assert cfg.param_scheduler[1].end == 50
+    assert cfg.train_dataloader.dataset.data_root == 'd'
+    first = cfg.train_dataloader.dataset.pipeline[0]
+    assert first == dict(type='SeedAugmentation', seed=3)
+    if row.startswith('paper'):
+        assert cfg.model.backbone.compression.restore == 'replace'
+        assert cfg.model.decode_head.compression is None
+
+
+def test_done_rows_are_not_run_again(tmp_path: Path, monkeypatch) -> None:
+    runs = []
+
+    def fake(args, row: str, seed: int) -> dict:
+        runs.append((row, seed))
+        return dict(
+            row=row, seed=seed, iters=args.iters, gmacs=1.0,
+            val_miou=60.0 + seed, test_miou=50.0,
+        )  # fmt: skip
+
+    monkeypatch.setattr(camvid_table, 'run_row', fake)
+    out = tmp_path / 'results' / 'camvid.jsonl'
+    arguments = ['--out', str(out), '--rows', 'dense', 'paper, keep 0.5']
+    camvid_table.main([*arguments, '--seeds', '0'])
+    camvid_table.main([*arguments, '--seeds', '0', '1'])
+    assert runs == [
+        ('dense', 0), ('paper, keep 0.5', 0),
+        ('dense', 1), ('paper, keep 0.5', 1),
+    ]  # fmt: skip
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(results) == 4
+    console = Console(width=80, record=True)
+    console.print(camvid_table.table(results))
+    text = console.export_text()
+    assert '60.50 (1.00)' in text and '50.00 (0.00)' in text
