@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -187,7 +188,8 @@ def fetch_checkpoint(source: str) -> str:
 
     Args:
         source (str): A path, or an http(s) address. A file of the same name
-            in ``checkpoints/`` is used instead of downloading.
+            in ``checkpoints/`` is used instead of downloading. Only the first
+            process of a machine downloads, the others wait for the file.
 
     Raises:
         SystemExit: Saying which file to put where.
@@ -207,6 +209,12 @@ def fetch_checkpoint(source: str) -> str:
     if cached.is_file():
         return str(cached)
     cached.parent.mkdir(parents=True, exist_ok=True)
+    if _local_rank() > 0:
+        # The machine's first process downloads; the launcher ends this one
+        # if that fails.
+        while not cached.is_file():
+            time.sleep(1)
+        return str(cached)
     print(f'Downloading {source}', file=sys.stderr)
     try:
         torch.hub.download_url_to_file(source, str(cached))
@@ -217,6 +225,13 @@ def fetch_checkpoint(source: str) -> str:
             'load_from=None'
         ) from None
     return str(cached)
+
+
+def _local_rank() -> int:
+    """Number of this process on its machine, before they are joined."""
+    if 'SLURM_LOCALID' in os.environ:
+        return int(os.environ['SLURM_LOCALID'])
+    return int(os.environ.get('LOCAL_RANK', 0))
 
 
 def latest_intact_checkpoint(work_dir: str | Path) -> str | None:
@@ -277,12 +292,7 @@ def fix_teacher(cfg: Config) -> None:
 
 
 def check_checkpoints(cfg: Config) -> None:
-    """Make ``load_from`` and pretrained weights local before work starts.
-
-    Only the first process downloads; the others find the file later.
-    """
-    if int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) != 0:
-        return
+    """Make ``load_from`` and pretrained weights local before work starts."""
     if cfg.get('resume'):
         return
     if cfg.get('load_from'):

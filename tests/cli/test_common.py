@@ -97,6 +97,25 @@ def test_download_fails(tmp_path: Path, monkeypatch) -> None:
     assert path == 'checkpoints/vit.pth'
 
 
+def test_other_processes_wait_for_the_download(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Every process ends up with the same local path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    file = tmp_path / 'torch/hub/checkpoints/vit.pth'
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        file.touch()  # the first process is done
+
+    monkeypatch.setattr('time.sleep', sleep)
+    path = fetch_checkpoint('http://127.0.0.1:9/models/vit.pth')
+    assert Path(path) == file and len(waited) == 1
+
+
 def test_all_checkpoints_of_a_config(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'checkpoints').mkdir()
