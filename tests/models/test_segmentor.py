@@ -108,7 +108,9 @@ SLIDE = dict(mode='slide', crop_size=(64, 64), stride=(48, 48))
 
 
 @pytest.mark.parametrize('test_cfg', [SLIDE, dict(mode='whole')])
-@pytest.mark.parametrize('size', [(64, 64), (97, 211), (40, 150), (50, 30)])
+@pytest.mark.parametrize(
+    'size', [(352, 480), (360, 480), (97, 211), (512, 512), (50, 30)]
+)
 def test_slide_and_whole_inference(test_cfg, size) -> None:
     """Any size, also smaller than the crop; the map is always full."""
     out = predict(small_model(dict(test_cfg)), size)
@@ -144,7 +146,9 @@ def test_test_time_augmentation() -> None:
     assert out[0].pred_sem_seg.shape == (70, 90)
 
 
-@pytest.mark.parametrize('size', [(352, 480), (360, 480), (97, 211)])
+@pytest.mark.parametrize(
+    'size', [(352, 480), (360, 480), (97, 211), (512, 512)]
+)
 def test_batch_of_four_equals_four_of_one(size) -> None:
     model = small_model(dict(mode='whole'))
     images = torch.randn(4, 3, *size)
