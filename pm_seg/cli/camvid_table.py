@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..utils import count_macs
+from ..utils.checkpoints import read_checkpoint
 from ..version import __version__
 from . import test, train
 from .common import quiet_warnings, resolve_config
@@ -128,7 +129,7 @@ def _gmacs(config: str, extra: list[str], checkpoint: Path) -> float:
     cfg = train.load_config(args)
     init_default_scope('mmseg')
     model = MODELS.build(cfg.model).eval()
-    state = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    state = read_checkpoint(checkpoint)
     model.load_state_dict(state['state_dict'])
     images = torch.zeros(1, 3, *cfg.crop_size)
     return count_macs(lambda: model(images, mode='tensor')) / 1e9

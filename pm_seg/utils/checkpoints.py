@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
@@ -40,3 +41,19 @@ def allow_training_state() -> None:
     ]
     types.append((_history_method, 'builtins.getattr'))
     torch.serialization.add_safe_globals(types)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU, training state included, no code.
+
+    Args:
+        path (str | Path): A file written by a training run or by
+            ``tools/compress.py``.
+
+    Raises:
+        UnpicklingError: If it holds anything but data.
+    """
+    # Anew each time: leaving a ``safe_globals`` block, as the maintained
+    # mmengine does after every load, drops what was allowed before it.
+    allow_training_state()
+    return torch.load(path, map_location='cpu', weights_only=True)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers import ROOT, SHARED, run_tool, shared_path
 
+from pm_seg.utils.checkpoints import read_checkpoint
+
 SMALL = """
 _base_ = '{root}/configs/demo/segmenter_pm_scenes.py'
 log_level = 'INFO'
@@ -74,7 +76,7 @@ def test_compress_then_test_then_train(work: Path, scenes: Path) -> None:
     )  # fmt: skip
     assert 'Scoring batches' in out.stderr
     assert re.search(r'1 +4 +0 +25%', out.stdout), out.stdout
-    state = torch.load(work / 'pm.pth', weights_only=True)['state_dict']
+    state = read_checkpoint(work / 'pm.pth')['state_dict']
     assert int(state['backbone.compressor.group'][1].max()) == 3
     assert not list(work.glob('*.partial'))
 
@@ -139,7 +141,7 @@ def test_a_dense_checkpoint_is_not_tested_as_a_compressed_one(work) -> None:
 
 
 def test_a_wrong_checkpoint_fails_saying_which_key(work: Path) -> None:
-    saved = torch.load(work / 'work_dirs/dense/iter_2.pth', weights_only=True)
+    saved = read_checkpoint(work / 'work_dirs/dense/iter_2.pth')
     key = 'backbone.layers.0.ffn.layers.1.weight'
     saved['state_dict'][key] = saved['state_dict'][key][:-1]
     torch.save(dict(state_dict=saved['state_dict']), work / 'wrong.pth')

@@ -11,6 +11,7 @@ from helpers import ROOT, dense_checkpoint, run_tool, small_config
 from mmengine.config import Config
 
 from pm_seg.cli.common import latest_intact_checkpoint
+from pm_seg.utils.checkpoints import read_checkpoint
 
 ITERS = 6
 
@@ -101,7 +102,7 @@ def curve(folder: Path) -> dict[int, float]:
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / 'work' / f'iter_{ITERS}.pth'
-    return torch.load(path, weights_only=True)['state_dict']
+    return read_checkpoint(path)['state_dict']
 
 
 @pytest.fixture(scope='module')

@@ -10,6 +10,7 @@ from helpers import dense_checkpoint, small_config
 from mmengine.runner import Runner
 
 from pm_seg.engine.scoring import compressible_modules
+from pm_seg.utils.checkpoints import read_checkpoint
 
 
 def ema(cfg) -> None:
@@ -102,7 +103,7 @@ def test_trains_and_loads(option, scenes: Path, tmp_path: Path) -> None:
     assert modules
     assert all(m.compressor.has_structure for m in modules.values())
     (path,) = [*tmp_path.glob('iter_2.pth'), *tmp_path.glob('epoch_1.pth')]
-    saved = torch.load(path, weights_only=True)
+    saved = read_checkpoint(path)
     assert not any('teacher' in key for key in saved['state_dict'])
     key = 'ema_state_dict'
     if 'ema' in option.__name__:

@@ -14,6 +14,7 @@ from mmseg.structures import SegDataSample
 
 from pm_seg.engine import gather_scores
 from pm_seg.models.distillation import soft_target_loss, strip_compression
+from pm_seg.utils.checkpoints import read_checkpoint
 
 
 def segmentor(
@@ -128,7 +129,7 @@ def test_loss(dense_checkpoint: str, alpha: float) -> None:
 def test_the_teacher_is_the_dense_model(dense_checkpoint: str) -> None:
     """Before compression student and teacher agree: no loss."""
     model = segmentor(teacher=dict())
-    model.load_state_dict(torch.load(dense_checkpoint)['state_dict'])
+    model.load_state_dict(read_checkpoint(dense_checkpoint)['state_dict'])
     model.load_teacher(dense_checkpoint)
     assert model.teacher.backbone.compressor is None
     with model.backbone.compressor.disabled():
@@ -208,7 +209,7 @@ def test_errors(tmp_path, dense_checkpoint: str) -> None:
         model(**batch(model), mode='loss')
     with pytest.raises(RuntimeError, match='needs the dense checkpoint'):
         model.load_teacher()
-    state = torch.load(dense_checkpoint)['state_dict']
+    state = read_checkpoint(dense_checkpoint)['state_dict']
     del state['decode_head.cls_emb']
     torch.save(state, tmp_path / 'broken.pth')
     with pytest.raises(RuntimeError, match='cls_emb: missing'):

@@ -18,6 +18,7 @@ from mmseg.structures import SegDataSample
 
 from pm_seg.engine import apply_scores
 from pm_seg.engine.scoring import compressible_modules
+from pm_seg.utils.checkpoints import read_checkpoint
 
 STOCK = {
     'PMVisionTransformer': 'VisionTransformer',
@@ -35,7 +36,7 @@ def camvid_model(dense: bool = True, stock: tuple[str, ...] = ()):
         cfg.backbone.patch_bias = True
     model = MODELS.build(cfg)
     path = shared_path('weights/segmenter_vit-t_camvid.pth')
-    state = torch.load(path, weights_only=True)['state_dict']
+    state = read_checkpoint(path)['state_dict']
     load_state_dict(model, state, strict=dense)
     return model.eval()
 

@@ -13,6 +13,7 @@ from mmseg.registry import MODELS
 
 from pm_seg.engine import PruneMergeHook
 from pm_seg.engine.scoring import compress, compressible_modules
+from pm_seg.utils.checkpoints import read_checkpoint
 
 # Imported by both processes; compares all weights and buffers over them.
 COMPARE = """
@@ -44,7 +45,7 @@ def test_scores_compresses_and_trains(scenes: Path, tmp_path: Path) -> None:
     model = runner.train()
     for module in compressible_modules(model).values():
         assert module.compressor.has_structure
-    saved = torch.load(tmp_path / 'iter_2.pth', weights_only=True)
+    saved = read_checkpoint(tmp_path / 'iter_2.pth')
     scores = saved['state_dict']['backbone.compressor.scores']
     assert scores.shape == (2, 16) and (scores > 0).any()
     decay = {
@@ -100,7 +101,7 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
     (tmp_path / 'compare_processes.py').write_text(COMPARE)
     cfg.load_from = dense_checkpoint(cfg, tmp_path)
     cfg.dump(tmp_path / 'config.py')
-    start = torch.load(cfg.load_from, weights_only=True)['state_dict']
+    start = read_checkpoint(cfg.load_from)['state_dict']
     result = run_tool(
         '-m', 'torch.distributed.run', '--nproc_per_node=2',
         '--master_port=29511', ROOT / 'tools/train.py',
@@ -108,7 +109,7 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
         cwd=tmp_path, env=dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
     )  # fmt: skip
     assert 'IDENTICAL' in result.stdout + result.stderr
-    state = torch.load(tmp_path / 'work/iter_1.pth', weights_only=True)
+    state = read_checkpoint(tmp_path / 'work/iter_1.pth')
     # 2 processes x 2 batches of 2 images: the same 8 images in one process
     for batch_size in (1, 4, 8):
         cfg = small_config(scenes, tmp_path)
