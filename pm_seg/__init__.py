@@ -2,7 +2,7 @@
 
 Importing the package registers its modules with mmseg, so a config needs
 ``custom_imports = dict(imports=['pm_seg'])``. ``pm_seg.core`` needs torch
-alone; without OpenMMLab installed only that part is there.
+and numpy alone; without OpenMMLab installed only that part is there.
 """
 
 import warnings

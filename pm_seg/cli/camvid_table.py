@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ..utils import count_macs
 from ..utils.checkpoints import read_checkpoint
 from ..version import __version__
 from . import test, train
-from .common import quiet_warnings, resolve_config
+from .common import quiet_warnings
 
 DENSE = 'configs/segmenter_vit-t_camvid.py'
 COMPRESSED = 'configs/segmenter_vit-t_pm_camvid.py'
@@ -157,7 +156,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/camvid_table.py``."""
     args = parse_args(argv)
     quiet_warnings()
-    resolve_config(DENSE)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = out.read_text().splitlines() if out.exists() else []
@@ -170,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
             result = run_row(args, row, seed)
             results.append(result)
             with out.open('a') as file:
-                file.write(json.dumps(result) + os.linesep)
+                file.write(json.dumps(result) + '\n')
             print(json.dumps(result), flush=True)
     Console(width=80).print(table(results))
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int]
+from .structure import Grid
+
 CENTRES = ('score', 'spread')
 
 

@@ -45,6 +45,15 @@ def require_compressible(model: nn.Module) -> dict[str, CompressibleMixin]:
 
 
 @contextmanager
+def uncompressed(model: nn.Module) -> Iterator[None]:
+    """All modules of the model run dense inside the block."""
+    with ExitStack() as stack:
+        for module in compressible_modules(model).values():
+            stack.enter_context(module.compressor.disabled())
+        yield
+
+
+@contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
     """Seed all generators inside the block and put them back after it."""
     python, array = random.getstate(), np.random.get_state()
@@ -110,11 +119,11 @@ def gather_scores(
     try:
         with ExitStack() as stack:
             stack.enter_context(frozen(model))
+            stack.enter_context(uncompressed(model))
             if isinstance(model, DistillationMixin):
                 stack.enter_context(model.supervised())
             for name, module in modules.items():
                 compressor = module.compressor
-                stack.enter_context(compressor.disabled())
                 recorders[name] = stack.enter_context(
                     ScoreRecorder(
                         module.score_taps,

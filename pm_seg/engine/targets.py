@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from mmengine.model import BaseModel
 
-from ..core import TokenCompressor
 from ..utils import count_macs, median, time_interleaved
-from .scoring import require_compressible
+from .scoring import require_compressible, uncompressed
 
 TARGETS = ('gmacs', 'share', 'latency_ms')
 
@@ -73,7 +71,8 @@ def meet_target(
 
     cost: Callable[[], float] = latency if kind == 'latency_ms' else gmacs
     if kind == 'share':
-        limit *= _dense(modules, gmacs)
+        with uncompressed(model):
+            limit *= gmacs()
 
     def cost_at(keep: float) -> float | None:
         """Cost at a keep, None if it leaves a layer without tokens."""
@@ -108,11 +107,3 @@ def meet_target(
     cost_at(best)
     model.train(training)
     return best
-
-
-def _dense(modules: list[TokenCompressor], cost: Callable[[], float]) -> float:
-    """Cost of the model with compression off."""
-    with ExitStack() as stack:
-        for compressor in modules:
-            stack.enter_context(compressor.disabled())
-        return cost()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 
 import torch
 from mmengine.hooks import Hook
@@ -13,7 +12,7 @@ from mmengine.runner import Runner
 from ...models.distillation import DistillationMixin
 from ...registry import register
 from ..report import describe
-from ..scoring import compress, require_compressible
+from ..scoring import compress, require_compressible, uncompressed
 from ..targets import check_target, meet_target
 
 
@@ -80,9 +79,7 @@ class PruneMergeHook(Hook):
                 'The checkpoint is compressed already, keeping its structure'
             )
         else:
-            with ExitStack() as stack:
-                for module in modules.values():
-                    stack.enter_context(module.compressor.disabled())
+            with uncompressed(model):
                 self._evaluate(runner, 'Before compression')
             self._compress(runner, model)
             self._evaluate(runner, 'Straight after compression')
