@@ -9,11 +9,7 @@ _base_ = [
 model = dict(
     type='DistilledEncoderDecoder',
     teacher=dict(alpha=1.0, tau=20.0),
-    backbone=dict(
-        compression=dict(keep=0.7, thresholds='layer', layers=range(1, 12))
-    ),
-    decode_head=dict(
-        compression=dict(grid=(22, 30), keep=0.7, thresholds='layer')
-    ),
+    backbone=dict(compression=dict(keep=0.7)),
+    decode_head=dict(compression=dict(grid=(22, 30), keep=0.7)),
 )
 load_from = 'checkpoints/segmenter_vit-t_camvid.pth'

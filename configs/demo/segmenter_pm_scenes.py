@@ -3,12 +3,8 @@ _base_ = './segmenter_scenes.py'
 model = dict(
     type='DistilledEncoderDecoder',
     teacher=dict(alpha=0.5, tau=20.0),
-    backbone=dict(
-        compression=dict(keep=0.5, thresholds='layer', layers=range(1, 6))
-    ),
-    decode_head=dict(
-        compression=dict(grid=(16, 16), keep=0.5, thresholds='layer')
-    ),
+    backbone=dict(compression=dict(keep=0.5)),
+    decode_head=dict(compression=dict(grid=(16, 16), keep=0.5)),
 )
 max_iters = 200
 optim_wrapper = dict(optimizer=dict(lr=3e-4))

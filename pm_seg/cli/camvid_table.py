@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from ..utils import count_macs
 from ..utils.checkpoints import read_checkpoint
 from ..version import __version__
-from . import test, train
+from . import compress, test, train
 from .common import quiet_warnings
 
 DENSE = 'configs/segmenter_vit-t_camvid.py'
@@ -23,38 +24,67 @@ COMPRESSED = 'configs/segmenter_vit-t_pm_camvid.py'
 SPLITS = ('val', 'test')
 
 
-def paper(keep: float) -> list[str]:
-    """The paper's Segmenter: encoder blocks 1..11, row windows, 'replace'."""
-    return [
-        'model.decode_head.compression=None',
-        f'model.backbone.compression.keep={keep}',
-        'model.backbone.compression.builder=row_window',
-        'model.backbone.compression.restore=replace',
-    ]
+BACKBONE = 'model.backbone.compression'
+HEAD_DENSE = 'model.decode_head.compression=None'
+SHARES = (0.7, 0.5, 0.35)
 
-
-#: Config and options of each row.
-ROWS: dict[str, tuple[str, list[str]]] = {
-    'dense': (DENSE, []),
-    'paper, keep 0.7': (COMPRESSED, paper(0.7)),
-    'paper, keep 0.5': (COMPRESSED, paper(0.5)),
-    'ours, keep 0.7': (COMPRESSED, []),
-    'ours, keep 0.5': (
-        COMPRESSED,
-        [
-            'model.backbone.compression.keep=0.5',
-            'model.decode_head.compression.keep=0.5',
-        ],
-    ),
+#: The paper's Segmenter: blocks 1..11, row windows, 'replace', one threshold
+#: in each block.
+PAPER = [
+    f'{BACKBONE}.builder=row_window',
+    f'{BACKBONE}.restore=replace',
+    f'{BACKBONE}.budget=layer',
+    f'{BACKBONE}.layers={list(range(1, 12))}',
+]
+METHODS: dict[str, list[str]] = {
+    'paper': PAPER,
+    'ours': [],
+    'ToMe-style': [f'{BACKBONE}.type=tome'],
+    'ALGM-style': [f'{BACKBONE}.type=algm'],
 }
+#: One default of ours changed at a time.
+ABLATIONS: dict[str, list[str]] = {
+    "restore 'replace'": [f'{BACKBONE}.restore=replace'],
+    'no detail path': [f'{BACKBONE}.detail=0'],
+    'centres by score': [f'{BACKBONE}.centres=score'],
+    'even centres': [f'{BACKBONE}.score_power=0'],
+    'no rotation': [f'{BACKBONE}.rotate=False'],
+    'flat budget': [f'{BACKBONE}.budget=layer'],
+    'four dense blocks': [
+        f'{BACKBONE}.budget=layer',
+        f'{BACKBONE}.layers={list(range(4, 12))}',
+    ],
+    'labels only': ['model.teacher=None'],
+    'labels and teacher': ['model.teacher.alpha=0.5'],
+}
+
+
+def _rows() -> dict[str, tuple[str, list[str]]]:
+    """Config and options of each row."""
+
+    def compressed(share: float, options: list[str]) -> tuple:
+        target = f'custom_hooks.0.target.backbone_share={share}'
+        return COMPRESSED, [HEAD_DENSE, target, *options]
+
+    rows = {'dense': (DENSE, [])}
+    for share in SHARES:
+        for method, options in METHODS.items():
+            rows[f'{method} {share:.0%}'] = compressed(share, options)
+    for change, options in ABLATIONS.items():
+        rows[f'ours 50%, {change}'] = compressed(0.5, options)
+    return rows
+
+
+ROWS = _rows()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='camvid_table.py',
         description='Fine-tune dense and compressed Segmenters on CamVid '
-        'from one dense checkpoint and write one JSON line for each row and '
-        'seed. Rows that are in the file already are not run again.',
+        'from one dense checkpoint, at equal shares of the GMACs of the '
+        'encoder, and write one JSON line for each row and seed. Rows that '
+        'are in the file already are not run again.',
         epilog='Example: python tools/camvid_table.py --data data/camvid '
         '--checkpoint checkpoints/segmenter_vit-t_camvid.pth --out '
         'results/camvid.jsonl',
@@ -65,27 +95,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--out', default='results/camvid.jsonl')
     parser.add_argument('--work-dir', default='work_dirs/camvid_table')
-    parser.add_argument('--iters', type=int, default=700)
+    parser.add_argument(
+        '--iters', type=int, default=700, help='0 for no training at all'
+    )
     parser.add_argument('--workers', type=int, default=2)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--rows', nargs='+', choices=list(ROWS), default=ROWS)
+    parser.add_argument(
+        '--rows',
+        nargs='+',
+        choices=list(ROWS),
+        default=ROWS,
+        metavar='ROW',
+        help=', '.join(ROWS).replace('%', '%%'),
+    )
     return parser.parse_args(argv)
 
 
 def _options(args: argparse.Namespace, seed: int) -> list[str]:
-    step = max(args.iters // 10, 1)
+    iters = max(args.iters, 1)
+    step = max(iters // 10, 1)
     return [
         'log_level=ERROR',
         f'data_root={args.data}',
         f'load_from={args.checkpoint}',
         f'randomness.seed={seed}',
         f'train_dataloader.dataset.pipeline.0.seed={seed}',
-        f'train_cfg.max_iters={args.iters}',
-        f'train_cfg.val_interval={10 * args.iters}',
+        f'train_cfg.max_iters={iters}',
+        f'train_cfg.val_interval={10 * iters}',
         f'param_scheduler.0.end={step}',
         f'param_scheduler.1.begin={step}',
-        f'param_scheduler.1.end={args.iters}',
-        f'default_hooks.checkpoint.interval={args.iters}',
+        f'param_scheduler.1.end={iters}',
+        f'default_hooks.checkpoint.interval={iters}',
         'default_hooks.checkpoint.save_best=None',
         f'train_dataloader.num_workers={args.workers}',
     ]
@@ -99,8 +139,21 @@ def run_row(args: argparse.Namespace, row: str, seed: int) -> dict:
     if config == COMPRESSED:
         options.append('custom_hooks.0.evaluate=False')
     options.append(f'custom_hooks.{int(config == COMPRESSED)}.seed={seed}')
-    train.main([config, '--work-dir', str(work), *options])
+    if config == COMPRESSED:
+        options.append(f'custom_hooks.0.seed={seed}')
+    start = time.perf_counter()
     checkpoint = work / f'iter_{args.iters}.pth'
+    if args.iters:
+        train.main([config, '--work-dir', str(work), *options])
+    elif config == COMPRESSED:
+        target = ['--target', extra[1].partition('target.')[2]]
+        compress.main(
+            [config, args.checkpoint, '--out', str(checkpoint), *target,
+             *options]
+        )  # fmt: skip
+    else:
+        checkpoint = Path(args.checkpoint)
+    seconds = time.perf_counter() - start
     result = dict(row=row, seed=seed, iters=args.iters)
     for split in SPLITS:
         prefix = 'test_dataloader.dataset.data_prefix'
@@ -112,7 +165,8 @@ def run_row(args: argparse.Namespace, row: str, seed: int) -> dict:
             ]
         )  # fmt: skip
         result[f'{split}_miou'] = float(metrics['mIoU'])
-    result['gmacs'] = _gmacs(config, extra, checkpoint)
+    result.update(_gmacs(config, extra, checkpoint))
+    result['seconds'] = round(seconds, 1)
     result['device'] = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
     )
@@ -121,7 +175,10 @@ def run_row(args: argparse.Namespace, row: str, seed: int) -> dict:
     return result
 
 
-def _gmacs(config: str, extra: list[str], checkpoint: Path) -> float:
+def _gmacs(
+    config: str, extra: list[str], checkpoint: Path
+) -> dict[str, float]:
+    """GMACs of the model and of the encoder, one 352x480 image."""
     args = train.parse_args(
         [config, '--cfg-options', 'log_level=ERROR', *extra]
     )
@@ -129,9 +186,12 @@ def _gmacs(config: str, extra: list[str], checkpoint: Path) -> float:
     init_default_scope('mmseg')
     model = MODELS.build(cfg.model).eval()
     state = read_checkpoint(checkpoint)
-    model.load_state_dict(state['state_dict'])
+    model.load_state_dict(state.get('state_dict', state))
     images = torch.zeros(1, 3, *cfg.crop_size)
-    return count_macs(lambda: model(images, mode='tensor')) / 1e9
+    return dict(
+        gmacs=count_macs(lambda: model(images, mode='tensor')) / 1e9,
+        encoder_gmacs=count_macs(lambda: model.backbone(images)) / 1e9,
+    )
 
 
 def table(results: Iterable[dict]) -> Table:
@@ -140,10 +200,11 @@ def table(results: Iterable[dict]) -> Table:
     for result in results:
         rows.setdefault(result['row'], []).append(result)
     out = Table(title='CamVid, Segmenter ViT-T')
-    for column in ('row', 'GMACs', 'val mIoU', 'test mIoU', 'seeds'):
+    for column in ('row', 'GMACs', 'encoder', 'val mIoU', 'test mIoU', 'runs'):
         out.add_column(column, justify='left' if column == 'row' else 'right')
     for row, runs in rows.items():
-        cells = [row, f'{runs[0]["gmacs"]:.2f}']
+        macs = [f'{runs[0][key]:.2f}' for key in ('gmacs', 'encoder_gmacs')]
+        cells = [row, *macs]
         for split in SPLITS:
             values = [run[f'{split}_miou'] for run in runs]
             mean, spread = sum(values) / len(values), max(values) - min(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
+from ..engine.compression import compress, needs_data
 from ..engine.report import describe
-from ..engine.scoring import compress, require_compressible
-from ..engine.targets import TARGETS, check_target, meet_target
+from ..engine.scoring import require_compressible
+from ..engine.targets import TARGETS, check_target
 from ..utils import ProgressReporter
 from ..version import __version__
 from .common import (
@@ -30,8 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog='compress.py',
         description='Gather scores on training images, find the structure of '
         'each layer and write a compressed checkpoint, ready for test.py or '
-        'for fine-tuning. A checkpoint that has scores already is only '
-        'structured anew.',
+        'for fine-tuning. A checkpoint that has scores already is not '
+        'scored again.',
         epilog='Example: python tools/compress.py '
         'configs/segmenter_vit-t_pm_camvid.py dense.pth --out pm.pth '
         '--keep 0.7',
@@ -115,26 +117,32 @@ def main(argv: list[str] | None = None) -> None:
     require_compressible(model)
     saved = load_checkpoint(model, checkpoint, map_location='cpu')
     model.to(args.device)
-    modules = require_compressible(model).values()
-    if all(module.compressor.has_structure for module in modules):
-        print('The checkpoint has scores already, only structuring it')
-        for module in modules:
-            module.compressor.build()
-    else:
+    if needs_data(model):
         check_data(cfg, 'train')
-        hook = _hook(cfg)
-        batches = args.score_iters or hook.get('score_iters', 50)
-        with ProgressReporter('Scoring batches', batches) as report:
-            compress(
-                model,
-                cfg.train_dataloader,
-                batches,
-                hook.get('reduction', 'image'),
-                hook.get('seed', 0),
-                report,
-            )
-    if target:
-        print(f'keep={meet_target(model, target):.3f} meets {args.target}')
+    hook = _hook(cfg)
+    with ExitStack() as stack:
+        reports: dict[str, ProgressReporter] = {}
+
+        def progress(title: str, done: int, total: int) -> None:
+            if title not in reports:
+                reporter = ProgressReporter(title, total)
+                reports[title] = stack.enter_context(reporter)
+            reports[title](done)
+            if done == total:
+                stack.close()
+
+        keep = compress(
+            model,
+            cfg.train_dataloader,
+            args.score_iters or hook.get('score_iters', 50),
+            hook.get('reduction', 'image'),
+            hook.get('seed', 0),
+            target,
+            hook.get('calib_iters', 2),
+            progress,
+        )
+    if keep is not None:
+        print(f'keep={keep:.3f} meets {args.target}')
     print(describe(model))
     meta = {
         **{k: saved.get('meta', {}).get(k) for k in ('dataset_meta',)},

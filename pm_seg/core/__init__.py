@@ -3,7 +3,9 @@
 Nothing in this package imports OpenMMLab: it serves any transformer.
 """
 
+from .base import Compressor
 from .compressor import TokenCompressor
+from .merging import MergingCompressor
 from .scores import ScoreRecorder, value_gradient_scores
 from .structure import (
     BUILDERS,
@@ -18,7 +20,9 @@ from .token_map import DenseTokenMap, TokenMap
 
 __all__ = [
     'BUILDERS',
+    'Compressor',
     'DenseTokenMap',
+    'MergingCompressor',
     'ScoreRecorder',
     'TokenCompressor',
     'TokenMap',

@@ -37,6 +37,8 @@ def spread_mask(
         Tensor: bool, (N,), ``count`` of them set.
     """
     height, width = grid
+    if count == height * width:
+        return torch.ones(count, dtype=torch.bool)
     rows, columns = np.divmod(np.arange(height * width), width)
     gain = weight.double().numpy() * rng.uniform(0.95, 1.05, weight.numel())
     gain = gain**2  # distances are squared: the product ranks alike
@@ -58,8 +60,9 @@ def select_centres(
     live: Tensor,
     grid: Grid,
     kind: str = 'score',
-    power: float = 0.5,
+    power: float = 1.0,
     seed: int = 0,
+    rotate: bool = True,
 ) -> Tensor:
     """Centres of every token map.
 
@@ -76,6 +79,7 @@ def select_centres(
         kind (str): 'score' or 'spread'.
         power (float): Exponent of the scores in 'spread'; 0 ignores them.
         seed (int): Seed of the jitter in 'spread'.
+        rotate (bool): Whether the time since a token was a centre counts.
 
     Returns:
         Tensor: bool, (maps, N).
@@ -94,6 +98,7 @@ def select_centres(
         floor = 1e-6 * row.max().double()
         weight = row.double().clamp_min(floor).pow(power) * (1 + age) * alive
         mask = spread_mask(weight, count, grid, rng)
-        age = torch.where(mask, 0.0, age + 1)
+        if rotate:
+            age = torch.where(mask, 0.0, age + 1)
         masks.append(mask)
     return torch.stack(masks)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
+from .base import Compressor, LayerOutputs
+from .budget import BUDGETS, LEVELS, allocate
 from .centres import CENTRES, select_centres, top_mask
 from .structure import (
     BUILDERS,
     PRUNED,
-    THRESHOLDS,
     WEIGHTS,
     Grid,
     build_groups,
@@ -66,7 +67,7 @@ class Stage:
     token_map: AnyTokenMap | None = None
 
 
-class TokenCompressor(nn.Module):
+class TokenCompressor(Compressor):
     """Holds the token maps of the compressed layers of a transformer.
 
     All state lives in buffers and parameters whose shapes are fixed at
@@ -74,6 +75,8 @@ class TokenCompressor(nn.Module):
     wrappers never see a change of shape: a *structure* changes values only.
     Until scores are given (:meth:`set_scores`) or a compressed checkpoint is
     loaded there is no structure, and :meth:`stages` raises.
+
+    A layer whose budget is all tokens has no token map at all.
 
     For another grid than the one it was built for, the map is derived again:
     scores are resized bilinearly, each layer keeps its share of tokens, the
@@ -86,8 +89,9 @@ class TokenCompressor(nn.Module):
         depth (int): Number of transformer layers.
         grid (tuple[int, int]): Patch rows and columns (h, w), N = h * w.
         num_prefix (int): P, tokens in front that are never compressed.
-        keep (float): Share of patch tokens that compressed layers work on.
-            Defaults to 0.7.
+        keep (float): Share of patch tokens that compressed layers work on;
+            with budget='loss' the layers cost together what they would if
+            each worked on this share. Defaults to 0.7.
         prune (float): Share of patch tokens that bypass compressed layers.
             Defaults to 0 (the paper's Segmenter; 0.1 in its classifiers).
         layers (Sequence[int], optional): Layers to compress. Defaults to
@@ -98,11 +102,16 @@ class TokenCompressor(nn.Module):
             :func:`~pm_seg.core.centres.select_centres`. Defaults to 'score'
             for 'row_window' and 'spread' for 'nearest_centre'.
         score_power (float): How much scores count in 'spread'. Defaults to
-            0.5.
+            1.
         seed (int): Seed of 'spread'. Defaults to 0.
-        thresholds (str): 'global' or 'layer', see
-            :func:`~pm_seg.core.structure.count_tokens`. Defaults to
-            'global'.
+        rotate (bool): Whether the centres of 'spread' change from layer to
+            layer, so that no token is merged everywhere. Defaults to True.
+        budget (str, optional): What decides how many tokens each layer
+            keeps. 'loss': the measured effect of compressing it, see
+            :mod:`pm_seg.core.budget`. 'global' or 'layer': thresholds on the
+            scores, see :func:`~pm_seg.core.structure.count_tokens`. Defaults
+            to 'loss' where losses were given, which
+            :func:`pm_seg.engine.compress` sees to, else to 'layer'.
         decay (float): Depth decay of the scores. Defaults to 0.
         restore (str): 'residual' or 'replace', see
             :mod:`pm_seg.core.token_map`. Defaults to 'residual'.
@@ -115,16 +124,25 @@ class TokenCompressor(nn.Module):
             merge before the first, restore after the last. 1 merges and
             restores around every layer, as the paper does. Defaults to 1.
         num_groups (Sequence[int], optional): Groups of each compressed layer
-            (of each span), instead of keep and thresholds. Required for
+            (of each span), instead of keep and budget. Required for
             'dense', whose parameter shapes depend on it.
-        trainable (bool): Whether merge and restore weights are trained.
+        detail (int): Rank of the detail path of 'residual' restores, see
+            :mod:`pm_seg.core.token_map`; 0 for none. Needs ``dims`` and
+            sparse matrices, else there is none. Defaults to 16.
+        trainable (bool): Whether the weights of the token maps are trained.
             Defaults to True.
+        checkpoint (bool): Whether restores are computed again in the backward
+            pass instead of kept. Defaults to False.
+        dims (int, optional): C, channels of a token.
+        layer_cost (tuple[float, float]): a and b of the multiply-accumulates
+            ``a T + b T^2`` of a layer on T tokens. Defaults to (1, 0).
 
     Raises:
         ValueError: On an unknown option or a value out of range.
     """
 
     max_cached_layouts = 16
+    uses_scores = True
 
     def __init__(
         self,
@@ -136,23 +154,28 @@ class TokenCompressor(nn.Module):
         layers: Sequence[int] | None = None,
         builder: str = 'nearest_centre',
         centres: str | None = None,
-        score_power: float = 0.5,
+        score_power: float = 1.0,
         seed: int = 0,
-        thresholds: str = 'global',
+        rotate: bool = True,
+        budget: str | None = None,
         decay: float = 0.0,
         restore: str = 'residual',
         weights: str | None = None,
         matrices: str = 'sparse',
         span: int = 1,
         num_groups: Sequence[int] | None = None,
+        detail: int = 16,
         trainable: bool = True,
+        checkpoint: bool = False,
+        dims: int | None = None,
+        layer_cost: tuple[float, float] = (1.0, 0.0),
     ) -> None:
-        super().__init__()
         check_rates(keep, prune)
+        super().__init__(depth, grid, num_prefix, keep, dims, layer_cost)
         for name, value, allowed in (
             ('builder', builder, tuple(BUILDERS)),
             ('centres', centres, (None, *CENTRES)),
-            ('thresholds', thresholds, THRESHOLDS),
+            ('budget', budget, (None, *BUDGETS)),
             ('weights', weights, (None, *WEIGHTS)),
             ('matrices', matrices, MATRICES),
         ):
@@ -160,11 +183,6 @@ class TokenCompressor(nn.Module):
                 raise ValueError(
                     f'{name}={value!r} is unknown; choose one of {allowed}'
                 )
-        self.depth = depth
-        self.grid = (int(grid[0]), int(grid[1]))
-        self.num_prefix = num_prefix
-        self.num_tokens = self.grid[0] * self.grid[1]
-        self.keep = keep
         self.prune = prune
         self.layers = self._check_layers(layers)
         self.spans = self._make_spans(span)
@@ -174,21 +192,33 @@ class TokenCompressor(nn.Module):
         )
         self.score_power = score_power
         self.seed = seed
-        self.thresholds = thresholds
+        self.rotate = rotate
+        self.budget = budget
         self.decay = decay
         self.mode = check_restore_mode(restore)
         self.weights = weights or (
             'mean' if restore == 'residual' else 'score'
         )
         self.matrices = matrices
+        self.checkpoint = checkpoint
         self.given_groups = self._check_num_groups(num_groups)
+        if detail < 0:
+            raise ValueError(f'detail={detail} is a rank; it must be >= 0')
+        wanted = dims and restore == 'residual' and matrices == 'sparse'
+        self.detail = min(detail, dims) if wanted else 0
 
         shape = (depth, self.num_tokens)
         self.register_buffer('scores', torch.zeros(shape))
+        self.register_buffer('losses', torch.zeros(depth, len(LEVELS)))
         self.register_buffer('group', torch.full(shape, PRUNED))
         if matrices == 'sparse':
             self.merge_weight = nn.Parameter(torch.zeros(shape))
             self.restore_weight = nn.Parameter(torch.zeros(shape))
+            if self.detail:
+                down = torch.empty(depth, self.dims, self.detail)
+                self.detail_down = nn.Parameter(down)
+                self.detail_up = nn.Parameter(torch.empty_like(down).mT)
+                self.reset_detail()
         else:
             tokens = num_prefix + self.num_tokens
             self.merge_matrix = nn.ParameterDict()
@@ -199,7 +229,6 @@ class TokenCompressor(nn.Module):
                 self.restore_matrix[key] = torch.zeros(tokens, slots)
         for parameter in self.parameters():
             parameter.requires_grad_(trainable)
-        self._enabled = True
         self._refresh()
 
     def _check_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -278,26 +307,74 @@ class TokenCompressor(nn.Module):
         """Pruned patch tokens of each layer on the native grid."""
         return (self.group == PRUNED).sum(1).tolist()
 
+    @property
+    def map_macs(self) -> int:
+        """Multiply-accumulates of merging and restoring, per layer."""
+        tokens = self.num_prefix + self.num_tokens
+        detail = (2 * self.dims + 1) * self.detail
+        return tokens * (2 * self.dims + detail)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether scores were stored or loaded."""
+        return bool((self.scores > 0).any())
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether losses were stored or loaded."""
+        return bool((self.losses > 0).any())
+
+    @property
+    def wants_losses(self) -> bool:
+        """Whether the structure would use losses that are not there."""
+        return (
+            self.budget in (None, 'loss')
+            and self.given_groups is None
+            and not self.has_losses
+        )
+
     @torch.no_grad()
-    def set_scores(self, scores: Tensor) -> None:
+    def set_scores(self, scores: Tensor, losses: Tensor | None = None) -> None:
         """Store scores, derive the structure, initialise the weights.
 
         Args:
             scores (Tensor): Gradient-weighted scores of every layer, >= 0,
                 (depth, N).
+            losses (Tensor, optional): Loss with one layer (the first of each
+                span) compressed to each of ``budget.LEVELS``, (depth,
+                levels). budget='loss' cannot do without.
 
         Raises:
-            ValueError: On another shape, NaN, inf, or a layer of zeros.
+            ValueError: On another shape, NaN, inf, a layer of zeros, or if
+                budget='loss' has no losses.
         """
-        if tuple(scores.shape) != (self.depth, self.num_tokens):
-            raise ValueError(
-                f'scores have shape {tuple(scores.shape)}, expected '
-                f'{(self.depth, self.num_tokens)}: {self.depth} layers on a '
-                f'{self.grid[0]}x{self.grid[1]} grid'
-            )
-        check_scores(scores[list(self.layers)])
-        self.scores.copy_(scores)
+        self.store(scores, losses)
         self.build()
+
+    @torch.no_grad()
+    def store(
+        self, scores: Tensor | None = None, losses: Tensor | None = None
+    ) -> None:
+        """Store scores or losses and leave the structure, see set_scores."""
+        if scores is not None:
+            if tuple(scores.shape) != tuple(self.scores.shape):
+                raise ValueError(
+                    f'scores have shape {tuple(scores.shape)}, expected '
+                    f'{tuple(self.scores.shape)}: {self.depth} layers on a '
+                    f'{self.grid[0]}x{self.grid[1]} grid'
+                )
+            check_scores(scores[list(self.layers)])
+            self.scores.copy_(scores)
+        if losses is not None:
+            if losses.shape != self.losses.shape or not (
+                torch.isfinite(losses).all()
+            ):
+                raise ValueError(
+                    f'losses of shape {tuple(losses.shape)} must be finite '
+                    f'and of shape {tuple(self.losses.shape)}: one for each '
+                    f'layer and share of tokens {LEVELS}'
+                )
+            self.losses.copy_(losses)
 
     @torch.no_grad()
     def build(self) -> None:
@@ -307,21 +384,66 @@ class TokenCompressor(nn.Module):
             ValueError: If a layer would keep no token.
         """
         scores = self._normalised(self.scores.float().cpu())
-        centres, live = count_tokens(
-            scores, self.keep, self.prune, self.thresholds
+        centres, live = self._count_tokens(scores)
+        self.set_groups(self._groups(scores, centres, live, self.grid))
+
+    @torch.no_grad()
+    def build_single(self, layer: int, share: float) -> None:
+        """Compress one span alone, all other layers stay dense.
+
+        Args:
+            layer (int): First layer of the span.
+            share (float): Share of the patch tokens it works on.
+        """
+        scores = self._normalised(self.scores.float().cpu())
+        counts = [
+            max(round(share * self.num_tokens), 1)
+            if layers[0] == layer
+            else self.num_tokens
+            for layers in self.spans
+        ]
+        everything = [self.num_tokens] * len(counts)
+        self.set_groups(self._groups(scores, counts, everything, self.grid))
+
+    def _count_tokens(self, scores: Tensor) -> tuple[list[int], list[int]]:
+        """Centres and merged tokens of each token map."""
+        by_loss = self.budget == 'loss' or (
+            self.budget is None and self.has_losses
         )
+        rule = self.budget if self.budget == 'global' else 'layer'
+        centres, live = count_tokens(scores, self.keep, self.prune, rule)
         if self.given_groups is not None:
             centres = list(self.given_groups)
+        elif by_loss:
+            centres = self._allocate()
         for layers, count in zip(self.spans, centres):
             if count == 0:
                 raise ValueError(
                     f'layer {layers[0]} would keep none of its '
                     f'{self.num_tokens} tokens at keep={self.keep}: all its '
                     'scores are below the global threshold; raise keep, use '
-                    "thresholds='layer' or leave the layer out of layers"
+                    "budget='loss' or leave the layer out of layers"
                 )
-        live = [max(pair) for pair in zip(live, centres)]
-        self.set_groups(self._groups(scores, centres, live, self.grid))
+        return centres, [max(pair) for pair in zip(live, centres)]
+
+    def _allocate(self) -> list[int]:
+        if not self.has_losses:
+            raise ValueError(
+                "budget='loss' needs the measured losses of the layers, and "
+                'there are none: use tools/compress.py, PruneMergeHook or '
+                'pm_seg.engine.compress, which measure them, pass losses to '
+                "set_scores, or set budget='layer'"
+            )
+        length = max(map(len, self.spans))
+        a, b = self.layer_cost
+        return allocate(
+            [self.losses[layers[0]].tolist() for layers in self.spans],
+            self.num_tokens,
+            self.keep,
+            (a * length, b * length),
+            self.map_macs if self.layer_cost != (1.0, 0.0) else 0.0,
+            self.num_prefix,
+        )
 
     @torch.no_grad()
     def set_groups(self, group: Tensor) -> None:
@@ -368,6 +490,8 @@ class TokenCompressor(nn.Module):
         if self.matrices == 'sparse':
             self.merge_weight.copy_(layout.merge)
             self.restore_weight.copy_(layout.restore)
+            if self.detail:
+                self.reset_detail()
             return
         for layer, *_ in self.spans:
             dense = self._sparse_map(
@@ -375,6 +499,14 @@ class TokenCompressor(nn.Module):
             ).to_dense()
             self.merge_matrix[str(layer)].copy_(dense.merge_matrix)
             self.restore_matrix[str(layer)].copy_(dense.restore_matrix)
+
+    @torch.no_grad()
+    def reset_detail(self) -> None:
+        """A detail path that does nothing yet but can be trained."""
+        generator = torch.Generator().manual_seed(self.seed)
+        down = torch.randn(self.detail_down.shape, generator=generator)
+        self.detail_down.copy_(down / self.dims**0.5)
+        self.detail_up.zero_()
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -387,14 +519,40 @@ class TokenCompressor(nn.Module):
 
     # ----------------------------------------------------------------- maps
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Run the transformer uncompressed inside the ``with`` block."""
-        previous, self._enabled = self._enabled, False
-        try:
-            yield
-        finally:
-            self._enabled = previous
+    def _run(
+        self,
+        layers: Sequence[nn.Module],
+        x: Tensor,
+        grid: Grid,
+        outputs: Collection[int],
+    ) -> LayerOutputs:
+        collected = {}
+        for stage in self.stages(grid):
+            token_map = stage.token_map
+            start = x
+            merged = x = x if token_map is None else token_map.merge(x)
+            for layer in stage.layers:
+                x = layers[layer](x)
+                last = layer == stage.layers[-1]
+                if layer in outputs and not last and token_map is not None:
+                    collected[layer] = token_map.restore(start, merged, x)
+                elif layer in outputs and not last:
+                    collected[layer] = x
+            if token_map is not None:
+                x = self._restore(token_map, start, merged, x)
+            if stage.layers[-1] in outputs:
+                collected[stage.layers[-1]] = x
+        return x, collected
+
+    def _restore(
+        self, token_map: AnyTokenMap, x: Tensor, z: Tensor, y: Tensor
+    ) -> Tensor:
+        """Restore; recomputed in the backward pass with ``checkpoint``."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return cp.checkpoint(
+                token_map.restore, x, z, y, use_reentrant=False
+            )
+        return token_map.restore(x, z, y)
 
     def stages(self, grid: Grid) -> list[Stage]:
         """All layers in order, with their token maps.
@@ -405,8 +563,6 @@ class TokenCompressor(nn.Module):
         Raises:
             RuntimeError: If there is no structure yet.
         """
-        if not self._enabled:
-            return [Stage((layer,)) for layer in range(self.depth)]
         if not self.has_structure:
             raise RuntimeError(
                 'compression is configured but there is no structure yet: '
@@ -414,21 +570,21 @@ class TokenCompressor(nn.Module):
                 'tools/compress.py on it, train with PruneMergeHook in '
                 'custom_hooks, or set compression=None for the dense model'
             )
-        stages = [
-            Stage((layer,))
-            for layer in range(self.depth)
-            if layer not in self.layers
-        ]
-        if self.matrices == 'dense':
-            for layers in self.spans:
-                stages.append(Stage(layers, self._dense_map(layers[0], grid)))
-        else:
+        spans = {layers[0]: layers for layers in self.spans}
+        if self.matrices == 'sparse':
             layout = self._layout(grid)
             merge, restore = self._weights(grid)
-            for layers in self.spans:
-                token_map = self._sparse_map(layout, layers[0], merge, restore)
-                stages.append(Stage(layers, token_map))
-        return sorted(stages, key=lambda stage: stage.layers)
+        patches = grid[0] * grid[1]
+        stages, layer = [], 0
+        while layer < self.depth:
+            layers, token_map = spans.get(layer, (layer,)), None
+            if layer in spans and self.matrices == 'dense':
+                token_map = self._dense_map(layer, grid)
+            elif layer in spans and layout.num_groups[layer] < patches:
+                token_map = self._sparse_map(layout, layer, merge, restore)
+            stages.append(Stage(layers, token_map))
+            layer = layers[-1] + 1
+        return stages
 
     def token_maps(self, grid: Grid) -> list[AnyTokenMap | None]:
         """The token map each layer runs on, None where it runs dense."""
@@ -452,6 +608,9 @@ class TokenCompressor(nn.Module):
             num_slots=self.num_prefix + layout.num_groups[layer],
             live=live if layout.any_pruned[layer] else None,
             mode=self.mode,
+            detail=(self.detail_down[layer], self.detail_up[layer])
+            if self.detail
+            else None,
         )
 
     def _dense_map(self, layer: int, grid: Grid) -> DenseTokenMap:
@@ -521,6 +680,7 @@ class TokenCompressor(nn.Module):
             self.centres,
             self.score_power,
             self.seed,
+            self.rotate,
         )
         group = torch.arange(grid[0] * grid[1]).repeat(self.depth, 1)
         for row, layers in enumerate(self.spans):

@@ -15,7 +15,6 @@ from torch import Tensor
 Grid = tuple[int, int]
 PRUNED = -1
 
-THRESHOLDS = ('global', 'layer')
 WEIGHTS = ('score', 'mean')
 
 
@@ -90,11 +89,11 @@ def normalise_scores(
 
 
 def count_tokens(
-    scores: Tensor, keep: float, prune: float, thresholds: str = 'global'
+    scores: Tensor, keep: float, prune: float, budget: str = 'global'
 ) -> tuple[list[int], list[int]]:
     """Centres and live tokens of each layer, by score thresholds.
 
-    With thresholds='global' (the paper, section 3.3) one pair of thresholds
+    With budget='global' (the paper, section 3.3) one pair of thresholds
     is set over all layers together, so that layers whose tokens matter little
     keep few of them; with 'layer' each layer keeps the same share.
 
@@ -102,7 +101,7 @@ def count_tokens(
         scores (Tensor): Normalised scores, (L, N).
         keep (float): Share of the tokens that become centres, in (0, 1].
         prune (float): Share of the tokens that bypass the block, in [0, 1).
-        thresholds (str): 'global' or 'layer'.
+        budget (str): 'global' or 'layer'.
 
     Returns:
         tuple[list[int], list[int]]: Centres per layer, 0 where no score
@@ -116,17 +115,17 @@ def count_tokens(
     num_layers, num_tokens = scores.shape
     num_keep = int(num_tokens * keep)
     num_prune = int(num_tokens * prune)
-    if thresholds == 'global':
+    if budget == 'global':
         pool = scores.flatten().sort().values
         low = pool[num_prune * num_layers]
         high = pool[-max(num_keep * num_layers, 1)]
         low, high = low.expand(num_layers), high.expand(num_layers)
-    elif thresholds == 'layer':
+    elif budget == 'layer':
         pool = scores.sort(dim=1).values
         low, high = pool[:, num_prune], pool[:, -max(num_keep, 1)]
     else:
         raise ValueError(
-            f'thresholds={thresholds!r} is unknown; choose one of {THRESHOLDS}'
+            f"budget={budget!r} is no threshold; choose 'global' or 'layer'"
         )
     centres = (scores >= high[:, None]).sum(1).tolist()
     live = (scores >= low[:, None]).sum(1).tolist()

@@ -9,13 +9,18 @@ and restore weights ``r`` (both 0 for a *pruned* token)::
     block                 y    = block(z)
     restore 'replace'     x'_n = r_n y_g(n)                 (pruned: x_n)
     restore 'residual'    x'_n = x_n + r_n (y_g(n) - z_g(n))
+                                 + U D (x_n - z_g(n))       (with detail)
 
 'replace' is the merge / reconstruct / shortcut of Mao et al., "Efficient
 Token Compression for Vision Transformer with Spatial Information Preserved"
 (arXiv 2503.23455, section 3): because the rows of the merge matrix have
 disjoint supports, its products with the matrices are a weighted segment sum
 and a gather. 'residual' adds the block's update to every token instead, so
-that what distinguishes the members of a group survives the block.
+that what distinguishes the members of a group survives the block. It survives
+unchanged, though, as if the block did nothing to it; the *detail* path adds a
+linear estimate of what the block would have done, with matrices U (C, R) and
+D (R, C) of a low rank R that are shared by all tokens
+(:mod:`pm_seg.engine.detail` fits them).
 """
 
 from __future__ import annotations
@@ -61,6 +66,8 @@ class TokenMap:
         live (Tensor, optional): Which tokens are not pruned, bool, (P+N,).
             None if no token is pruned.
         mode (str): 'replace' or 'residual'.
+        detail (tuple[Tensor, Tensor], optional): D (C, R) and U (R, C), both
+            to be multiplied from the right; 'residual' only.
     """
 
     slot: Tensor
@@ -69,6 +76,7 @@ class TokenMap:
     num_slots: int
     live: Tensor | None = None
     mode: str = 'residual'
+    detail: tuple[Tensor, Tensor] | None = None
 
     def merge(self, x: Tensor) -> Tensor:
         """Merge tokens.
@@ -104,16 +112,26 @@ class TokenMap:
         _check_tokens(x, self.slot.numel(), 'restore')
         _check_tokens(y, self.num_slots, 'restore')
         weight = self.restore_weight.to(x.dtype).unsqueeze(-1)
-        restored = weight * y.index_select(1, self.slot)
         if self.mode == 'residual':
-            # In this order a token alone in its group gets exactly y_g(n).
-            return restored + (x - weight * z.index_select(1, self.slot))
+            update = weight * (y - z).index_select(1, self.slot)
+            if self.detail is not None:
+                update = update + self._detail(x, z)
+            return x + update
+        restored = weight * y.index_select(1, self.slot)
         if self.live is None:
             return restored
         return torch.where(self.live.unsqueeze(-1), restored, x)
 
+    def _detail(self, x: Tensor, z: Tensor) -> Tensor:
+        """``U D (x_n - z_g(n))``, 0 for pruned tokens."""
+        down, up = (matrix.to(x.dtype) for matrix in self.detail)
+        hidden = x @ down - (z @ down).index_select(1, self.slot)
+        if self.live is not None:
+            hidden = hidden * self.live.unsqueeze(-1)
+        return hidden @ up
+
     def to_dense(self) -> DenseTokenMap:
-        """The same map as a pair of matrices."""
+        """The same map as a pair of matrices, without the detail path."""
         tokens = torch.arange(self.slot.numel(), device=self.slot.device)
         live = self.live
         if live is None:

@@ -1,7 +1,8 @@
+from .compression import apply_scores, compress
 from .hooks import ProgressHook, PruneMergeHook, SeedIterationHook
 from .optimizers import PMLayerDecayOptimWrapperConstructor
 from .report import describe
-from .scoring import apply_scores, gather_scores
+from .scoring import gather_scores
 from .targets import meet_target
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     'PruneMergeHook',
     'SeedIterationHook',
     'apply_scores',
+    'compress',
     'describe',
     'gather_scores',
     'meet_target',

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,9 +11,7 @@ import numpy as np
 import torch
 from mmengine.dist import all_reduce, broadcast
 from mmengine.model import BaseModel, is_model_wrapper
-from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..core import ScoreRecorder
 from ..models.compressible import CompressibleMixin
@@ -29,6 +26,15 @@ def compressible_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, CompressibleMixin) and module.compressor
+    }
+
+
+def scored_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
+    """Compressible modules whose structure comes from scores, by name."""
+    return {
+        name: module
+        for name, module in compressible_modules(model).items()
+        if module.compressor.uses_scores
     }
 
 
@@ -51,6 +57,17 @@ def uncompressed(model: nn.Module) -> Iterator[None]:
         for module in compressible_modules(model).values():
             stack.enter_context(module.compressor.disabled())
         yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager
@@ -112,36 +129,32 @@ def gather_scores(
         ValueError: If nothing is compressible, or images have another size
             than the model was built for.
     """
-    modules = require_compressible(model)
-    training = model.training
-    model.eval()
+    require_compressible(model)
     recorders: dict[str, ScoreRecorder] = {}
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(frozen(model))
-            stack.enter_context(uncompressed(model))
-            if isinstance(model, DistillationMixin):
-                stack.enter_context(model.supervised())
-            for name, module in modules.items():
-                compressor = module.compressor
-                recorders[name] = stack.enter_context(
-                    ScoreRecorder(
-                        module.score_taps,
-                        compressor.num_tokens,
-                        compressor.num_prefix,
-                        reduction,
-                    )
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(frozen(model))
+        stack.enter_context(uncompressed(model))
+        if isinstance(model, DistillationMixin):
+            stack.enter_context(model.supervised())
+        for name, module in scored_modules(model).items():
+            compressor = module.compressor
+            recorders[name] = stack.enter_context(
+                ScoreRecorder(
+                    module.score_taps,
+                    compressor.num_tokens,
+                    compressor.num_prefix,
+                    reduction,
                 )
-            stream = chain.from_iterable(repeat(batches))
-            for done, data in zip(range(1, num_batches + 1), stream):
-                data = model.data_preprocessor(data, training=True)
-                with torch.enable_grad():
-                    losses = model(**data, mode='loss')
-                    model.parse_losses(losses)[0].backward()
-                if progress:
-                    progress(done)
-    finally:
-        model.train(training)
+            )
+        stream = chain.from_iterable(repeat(batches))
+        for done, data in zip(range(1, num_batches + 1), stream):
+            data = model.data_preprocessor(data, training=True)
+            with torch.enable_grad():
+                losses = model(**data, mode='loss')
+                model.parse_losses(losses)[0].backward()
+            if progress:
+                progress(done)
     for recorder in recorders.values():
         _reduce(recorder)
     return {name: recorder.scores() for name, recorder in recorders.items()}
@@ -153,42 +166,3 @@ def _reduce(recorder: ScoreRecorder) -> None:
     all_reduce(both)
     broadcast(both)
     recorder.total, recorder.weight = both[:, :-1], both[:, -1:]
-
-
-def apply_scores(model: nn.Module, scores: dict[str, Tensor]) -> None:
-    """Derive the structure of each module from its scores."""
-    modules = require_compressible(model)
-    for name, module in modules.items():
-        module.compressor.set_scores(scores[name])
-
-
-def compress(
-    model: BaseModel,
-    dataloader: DataLoader | dict,
-    num_batches: int,
-    reduction: str = 'image',
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Score a model on training batches and give it its structure.
-
-    The result depends on the weights, the data and the seed alone; no weight
-    and no random state changes.
-
-    Args:
-        model (BaseModel): An mmengine model, not wrapped.
-        dataloader (DataLoader | dict): A loader, or the config of one, which
-            is then built anew with ``seed``.
-        num_batches, reduction, progress: See :func:`gather_scores`.
-        seed (int): Seed of the batches and their augmentation. Defaults to
-            0.
-    """
-    with isolated_rng(seed):
-        if not isinstance(dataloader, DataLoader):
-            config = copy.deepcopy(dataloader)
-            config['persistent_workers'] = False
-            dataloader = Runner.build_dataloader(config, seed=seed)
-        scores = gather_scores(
-            model, dataloader, num_batches, reduction, progress
-        )
-    apply_scores(model, scores)

@@ -8,9 +8,9 @@ import torch
 from mmengine.model import BaseModel
 
 from ..utils import count_macs, median, time_interleaved
-from .scoring import require_compressible, uncompressed
+from .scoring import evaluating, require_compressible, uncompressed
 
-TARGETS = ('gmacs', 'share', 'latency_ms')
+TARGETS = ('gmacs', 'share', 'backbone_share', 'latency_ms')
 
 
 def check_target(target: dict[str, float]) -> tuple[str, float]:
@@ -21,8 +21,9 @@ def check_target(target: dict[str, float]) -> tuple[str, float]:
             'example target=dict(share=0.7)'
         )
     ((kind, value),) = target.items()
-    if value <= 0 or (kind == 'share' and value > 1):
-        limit = '(0, 1]' if kind == 'share' else 'above 0'
+    shares = kind.endswith('share')
+    if value <= 0 or (shares and value > 1):
+        limit = 'in (0, 1]' if shares else 'above 0'
         raise ValueError(f'target {kind}={value} must be {limit}')
     return kind, float(value)
 
@@ -38,7 +39,8 @@ def meet_target(
     Args:
         model (BaseModel): A scored model, not wrapped.
         target (dict): One of ``gmacs`` (of the whole model, one image of the
-            native size), ``share`` (of the dense model's GMACs) and
+            native size), ``share`` (of the dense model's GMACs),
+            ``backbone_share`` (the same of the backbone alone) and
             ``latency_ms`` (one image, this device, eager).
         steps (int): Bisection steps. Defaults to 12.
 
@@ -54,12 +56,13 @@ def meet_target(
     size = (size, size) if isinstance(size, int) else tuple(size)
     device = next(model.parameters()).device
     images = torch.zeros(1, 3, *size, device=device)
-    training = model.training
-    model.eval()
 
     @torch.no_grad()
     def run() -> None:
-        model(images, mode='tensor')
+        if kind == 'backbone_share':
+            model.backbone(images)
+        else:
+            model(images, mode='tensor')
 
     def gmacs() -> float:
         return count_macs(run) / 1e9
@@ -70,9 +73,6 @@ def meet_target(
         )
 
     cost: Callable[[], float] = latency if kind == 'latency_ms' else gmacs
-    if kind == 'share':
-        with uncompressed(model):
-            limit *= gmacs()
 
     def cost_at(keep: float) -> float | None:
         """Cost at a keep, None if it leaves a layer without tokens."""
@@ -85,25 +85,29 @@ def meet_target(
         return cost()
 
     best, lowest = None, float('inf')
-    low, high = 0.0, 1.0 - max(compressor.prune for compressor in modules)
+    low = 0.0
+    high = 1.0 - max(getattr(module, 'prune', 0.0) for module in modules)
     keep = high
-    for _ in range(steps):
-        value = cost_at(keep)
-        if value is not None and value <= limit:
-            best = keep
-        if best == high:
-            break
-        if value is None or value <= limit:
-            low = keep
-        else:
-            high, lowest = keep, min(lowest, value)
-        keep = (low + high) / 2
-    if best is None:
-        raise ValueError(
-            f'target {kind}={target[kind]} cannot be met: the lowest keep '
-            f'tried still costs {lowest:.3g} against {limit:.3g}; compress '
-            "more layers, or use thresholds='layer'"
-        )
-    cost_at(best)
-    model.train(training)
-    return best
+    with evaluating(model):
+        if kind.endswith('share'):
+            with uncompressed(model):
+                limit *= gmacs()
+        for _ in range(steps):
+            value = cost_at(keep)
+            if value is not None and value <= limit:
+                best = keep
+            if best == high:
+                break
+            if value is None or value <= limit:
+                low = keep
+            else:
+                high, lowest = keep, min(lowest, value)
+            keep = (low + high) / 2
+        if best is not None:
+            cost_at(best)
+            return best
+    raise ValueError(
+        f'target {kind}={target[kind]} cannot be met: the lowest keep '
+        f'tried still costs {lowest:.3g} against {limit:.3g}; compress '
+        "more layers, or use budget='layer'"
+    )

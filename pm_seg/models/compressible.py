@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-import torch
-import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
-from ..core import TokenCompressor
-from ..core.compressor import AnyTokenMap, Stage
+from ..core import Compressor, MergingCompressor, TokenCompressor
+from ..core.base import LayerOutputs, run_dense
 from ..core.structure import Grid
+from .layers import layer_cost
+
+#: Values of ``type`` in a ``compression`` dict.
+COMPRESSIONS: dict[str, Callable[..., Compressor]] = {
+    'prune_merge': TokenCompressor,
+    'tome': partial(MergingCompressor, method='tome'),
+    'algm': partial(MergingCompressor, method='algm'),
+}
 
 _COMPRESSOR = 'compressor.'
 
@@ -23,7 +30,7 @@ class CompressibleMixin:
     ``strict=False`` and only logs missing, unexpected or misshapen entries.
     """
 
-    compressor: TokenCompressor | None
+    compressor: Compressor | None
     layers: nn.ModuleList
 
     #: Prefixes of entries which mean another model if they are unexpected.
@@ -32,65 +39,45 @@ class CompressibleMixin:
     def build_compressor(
         self, compression: dict | None, grid: Grid, num_prefix: int
     ) -> None:
-        """Create ``self.compressor`` from the user's ``compression`` dict."""
+        """Create ``self.compressor`` from the user's ``compression`` dict.
+
+        Raises:
+            ValueError: On an unknown type or key.
+        """
         self.compressor = None
-        if compression is not None:
-            try:
-                self.compressor = TokenCompressor(
-                    depth=len(self.layers),
-                    num_prefix=num_prefix,
-                    **{'grid': grid, **compression},
-                )
-            except TypeError as error:
-                raise ValueError(
-                    f'compression={dict(compression)} has an unknown key '
-                    f'({error}); see pm_seg.core.TokenCompressor'
-                ) from error
+        if compression is None:
+            return
+        options = {
+            'grid': grid,
+            'dims': self.layers[0].attn.embed_dims,
+            'layer_cost': layer_cost(self.layers[0]),
+            **compression,
+        }
+        kind = options.pop('type', 'prune_merge')
+        if kind not in COMPRESSIONS:
+            raise ValueError(
+                f'compression type={kind!r} is unknown; choose one of '
+                f'{tuple(COMPRESSIONS)}'
+            )
+        if kind == 'prune_merge':
+            options.setdefault('checkpoint', self.layers[0].with_cp)
+        try:
+            self.compressor = COMPRESSIONS[kind](
+                depth=len(self.layers), num_prefix=num_prefix, **options
+            )
+        except TypeError as error:
+            raise ValueError(
+                f'compression={dict(compression)} has an unknown key '
+                f'({error}); see pm_seg.core for the options of {kind!r}'
+            ) from error
 
     def run_layers(
         self, x: Tensor, grid: Grid, outputs: Sequence[int] = ()
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run all layers.
-
-        Args:
-            x (Tensor): (B, P+N, C).
-            grid (tuple[int, int]): Patch rows and columns, N = h * w.
-            outputs (Sequence[int]): Layers after which all tokens are wanted.
-
-        Returns:
-            tuple: Tokens after the last layer (B, P+N, C), and after each
-            layer of ``outputs``.
-        """
-        collected = {}
-        for stage in self._stages(grid):
-            token_map = stage.token_map
-            start = x
-            merged = x = x if token_map is None else token_map.merge(x)
-            for layer in stage.layers:
-                x = self.layers[layer](x)
-                last = layer == stage.layers[-1]
-                if not last and layer in outputs:
-                    collected[layer] = token_map.restore(start, merged, x)
-            if token_map is not None:
-                x = self._restore(token_map, start, merged, x)
-            if layer in outputs:
-                collected[layer] = x
-        return x, collected
-
-    def _stages(self, grid: Grid) -> Sequence[Stage]:
+    ) -> LayerOutputs:
+        """Run all layers, see :meth:`pm_seg.core.Compressor.run`."""
         if self.compressor is None:
-            return [Stage((layer,)) for layer in range(len(self.layers))]
-        return self.compressor.stages(grid)
-
-    def _restore(
-        self, token_map: AnyTokenMap, x: Tensor, z: Tensor, y: Tensor
-    ) -> Tensor:
-        """Restore; recomputed in the backward pass if the layers are."""
-        if self.layers[0].with_cp and torch.is_grad_enabled():
-            return cp.checkpoint(
-                token_map.restore, x, z, y, use_reentrant=False
-            )
-        return token_map.restore(x, z, y)
+            return run_dense(self.layers, x, outputs)
+        return self.compressor.run(self.layers, x, grid, outputs)
 
     @property
     def score_taps(self) -> list[nn.Module]:

@@ -34,20 +34,38 @@ class FusedMultiheadAttention(MultiheadAttention):
         Returns:
             Tensor: (B, T, C).
         """
+        return self.attend(query, identity)[0]
+
+    def attend(
+        self, query: Tensor, identity: Tensor, key_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`forward`, returning the keys too.
+
+        Args:
+            query, identity (Tensor): (B, T, C).
+            key_bias (Tensor, optional): Added to the attention logits of
+                each key, (B, 1, 1, T).
+
+        Returns:
+            tuple[Tensor, Tensor]: (B, T, C) and the keys (B, heads, T, D).
+        """
         attn = self.attn
         batch, tokens, channels = query.shape
         qkv = F.linear(query, attn.in_proj_weight, attn.in_proj_bias)
         qkv = qkv.view(batch, tokens, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D)
+        if key_bias is not None:
+            key_bias = key_bias.to(q.dtype).expand(-1, -1, tokens, -1)
         out = F.scaled_dot_product_attention(
             q,
             k,
             self.value_tap(v),
+            attn_mask=key_bias,
             dropout_p=attn.dropout if self.training else 0.0,
         )
         out = out.transpose(1, 2).reshape(batch, tokens, channels)
         out = attn.out_proj(out)
-        return identity + self.dropout_layer(self.proj_drop(out))
+        return identity + self.dropout_layer(self.proj_drop(out)), k
 
 
 class PMTransformerEncoderLayer(TransformerEncoderLayer):
@@ -66,15 +84,36 @@ class PMTransformerEncoderLayer(TransformerEncoderLayer):
     def build_attn(self, attn_cfg: dict) -> None:
         self.attn = FusedMultiheadAttention(**attn_cfg)
 
-    def _block(self, x: Tensor) -> Tensor:
-        x = self.attn(self.norm1(x), identity=x)
+    def attend(
+        self, x: Tensor, key_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first half, see :meth:`FusedMultiheadAttention.attend`."""
+        return self.attn.attend(self.norm1(x), x, key_bias)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half, (B, T, C)."""
         return self.ffn(self.norm2(x), identity=x)
+
+    def _block(self, x: Tensor) -> Tensor:
+        return self.feed_forward(self.attn(self.norm1(x), identity=x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layer on tokens (B, T, C)."""
         if self.with_cp and torch.is_grad_enabled():
             return cp.checkpoint(self._block, x, use_reentrant=False)
         return self._block(x)
+
+
+def layer_cost(layer: nn.Module) -> tuple[int, int]:
+    """Multiply-accumulates of an encoder layer.
+
+    Every weight matrix once per token, and the two products of attention.
+
+    Returns:
+        tuple[int, int]: a and b of ``a T + b T^2`` on T tokens.
+    """
+    weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    return weights, 2 * layer.attn.embed_dims
 
 
 def append_layers(

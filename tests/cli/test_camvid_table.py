@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from mmseg.registry import MODELS
 from rich.console import Console
 
 from pm_seg.cli import camvid_table
@@ -25,9 +26,12 @@ def test_options_fit_the_configs(row: str) -> None:
     assert cfg.train_dataloader.dataset.data_root == 'd'
     first = cfg.train_dataloader.dataset.pipeline[0]
     assert first == dict(type='SeedAugmentation', seed=3)
+    if config == camvid_table.COMPRESSED:
+        assert cfg.model.decode_head.compression is None
+        assert len(cfg.custom_hooks[0].target) == 1
     if row.startswith('paper'):
         assert cfg.model.backbone.compression.restore == 'replace'
-        assert cfg.model.decode_head.compression is None
+    MODELS.build(cfg.model)
 
 
 def test_done_rows_are_not_run_again(tmp_path: Path, monkeypatch) -> None:
@@ -37,17 +41,18 @@ def test_done_rows_are_not_run_again(tmp_path: Path, monkeypatch) -> None:
         runs.append((row, seed))
         return dict(
             row=row, seed=seed, iters=args.iters, gmacs=1.0,
+            encoder_gmacs=0.5,
             val_miou=60.0 + seed, test_miou=50.0,
         )  # fmt: skip
 
     monkeypatch.setattr(camvid_table, 'run_row', fake)
     out = tmp_path / 'results' / 'camvid.jsonl'
-    arguments = ['--out', str(out), '--rows', 'dense', 'paper, keep 0.5']
+    arguments = ['--out', str(out), '--rows', 'dense', 'paper 50%']
     camvid_table.main([*arguments, '--seeds', '0'])
     camvid_table.main([*arguments, '--seeds', '0', '1'])
     assert runs == [
-        ('dense', 0), ('paper, keep 0.5', 0),
-        ('dense', 1), ('paper, keep 0.5', 1),
+        ('dense', 0), ('paper 50%', 0),
+        ('dense', 1), ('paper 50%', 1),
     ]  # fmt: skip
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(results) == 4

@@ -122,7 +122,7 @@ def uninterrupted(scenes: Path, tmp_path_factory) -> Path:
     ('when', 'env', 'starts_at'),
     [
         ('scoring', dict(KILL_AT='3'), 1),
-        ('fine-tuning', dict(KILL_AT=str(2 * 2 + 2 * 4 + 1)), 5),
+        ('fine-tuning', dict(KILL_AT=str(2 * 2 + 2 * 2 + 2 * 4 + 1)), 5),
         ('saving', dict(KILL_IN='iter_4.pth'), 3),
     ],
 )

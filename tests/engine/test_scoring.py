@@ -20,7 +20,8 @@ from pm_seg.engine.scoring import (
 )
 
 
-def build(compression=True, **backbone):
+def build(compression=True, with_cp=False, head=True, **options):
+    """A tiny segmentor; options are those of its compression."""
     init_default_scope('mmseg')
     torch.manual_seed(0)
     model = MODELS.build(
@@ -41,8 +42,8 @@ def build(compression=True, **backbone):
                 num_heads=3,
                 drop_path_rate=0.5,
                 drop_rate=0.2,
-                compression=dict(keep=0.5) if compression else None,
-                **backbone,
+                compression=dict(keep=0.5, **options) if compression else None,
+                with_cp=with_cp,
             ),
             decode_head=dict(
                 type='PMSegmenterMaskTransformerHead',
@@ -54,8 +55,8 @@ def build(compression=True, **backbone):
                 embed_dims=24,
                 dropout_ratio=0.3,
                 loss_decode=dict(type='CrossEntropyLoss'),
-                compression=dict(grid=(4, 4), keep=0.5)
-                if compression
+                compression=dict(grid=(4, 4), keep=0.5, **options)
+                if compression and head
                 else None,
             ),
         )

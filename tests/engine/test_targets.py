@@ -78,6 +78,6 @@ def test_report_agrees_with_the_counter() -> None:
     expected = 16 * 3 * 16**2 * 24
     for layer, groups in zip(backbone.layers, compressor.num_groups):
         expected += layer_macs(layer, groups + 1)
-        expected += token_map_macs(compressor, groups + 1, 24)
+        expected += token_map_macs(compressor, groups + 1)
     assert counted == expected
     assert 'backbone: 16 patch tokens (4x4)' in describe(model)

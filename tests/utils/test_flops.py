@@ -42,16 +42,16 @@ def test_dense_model(batch: int) -> None:
     assert count_macs(lambda: model(images)) == expected
 
 
-@pytest.mark.parametrize(('restore', 'passes'), [('replace', 2),
-                                                 ('residual', 3)])  # fmt: skip
-def test_sparse_maps_are_counted(restore: str, passes: int) -> None:
-    """Merge, restore and, for 'residual', the subtraction: N C each."""
-    model = backbone(
-        dict(keep=0.5, thresholds='layer', layers=[1, 2], restore=restore)
-    )
-    expected = (
-        EMBED + block_macs(17) + 2 * (block_macs(1 + 8) + passes * 17 * DIMS)
-    )
+@pytest.mark.parametrize(
+    ('restore', 'detail'), [('replace', 0), ('residual', 0), ('residual', 4)]
+)
+def test_sparse_maps_are_counted(restore: str, detail: int) -> None:
+    """Merge and restore N C each; the detail path down, gather and up."""
+    compression = dict(keep=0.5, layers=[1, 2], restore=restore, detail=detail)
+    model = backbone(compression)
+    path = detail * (2 * 17 * DIMS + 9 * DIMS + 17)
+    expected = EMBED + block_macs(17)
+    expected += 2 * (block_macs(1 + 8) + 2 * 17 * DIMS + path)
     images = torch.randn(1, 3, 64, 64)
     assert count_macs(lambda: model(images)) == expected
 

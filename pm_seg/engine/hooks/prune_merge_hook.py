@@ -11,26 +11,29 @@ from mmengine.runner import Runner
 
 from ...models.distillation import DistillationMixin
 from ...registry import register
+from ..compression import compress
 from ..report import describe
-from ..scoring import compress, require_compressible, uncompressed
-from ..targets import check_target, meet_target
+from ..scoring import require_compressible, uncompressed
+from ..targets import check_target
 
 
 @register('HOOKS')
 class PruneMergeHook(Hook):
     """Compresses the model before training starts.
 
-    Gathers gradient-weighted scores over training batches, derives the
-    structure of every compressible module, loads the teacher if the model
-    distils, and lets training go on. A model that has its structure already,
-    because a compressed checkpoint was loaded or the run resumed, is not
-    scored again.
+    Gathers gradient-weighted scores over training batches, measures what
+    compressing each layer costs, derives the structure of every compressible
+    module, loads the teacher if the model distils, and lets training go on. A
+    model that has its structure already, because a compressed checkpoint was
+    loaded or the run resumed, keeps it.
 
     Scoring changes no weight and no random state: what follows is the same
     run with or without it.
 
     Args:
         score_iters (int): Training batches to score. Defaults to 50.
+        calib_iters (int): Training batches on which the loss of compressing
+            each layer is measured and detail paths are fitted. Defaults to 2.
         reduction (str): See :class:`pm_seg.core.ScoreRecorder`. Defaults to
             'image'.
         seed (int): Seed of the batches and their augmentation. Defaults to
@@ -55,12 +58,16 @@ class PruneMergeHook(Hook):
         seed: int = 0,
         target: dict[str, float] | None = None,
         evaluate: bool = False,
+        calib_iters: int = 2,
     ) -> None:
-        if score_iters < 1:
-            raise ValueError(
-                f'score_iters={score_iters} must be at least 1 batch'
-            )
+        for name, value in (
+            ('score_iters', score_iters),
+            ('calib_iters', calib_iters),
+        ):
+            if value < 1:
+                raise ValueError(f'{name}={value} must be at least 1 batch')
         self.score_iters = score_iters
+        self.calib_iters = calib_iters
         self.reduction = reduction
         self.seed = seed
         if target is not None:
@@ -90,29 +97,28 @@ class PruneMergeHook(Hook):
             model.load_teacher(dense)
 
     def _compress(self, runner: Runner, model: BaseModel) -> None:
-        runner.logger.info(f'Scoring {self.score_iters} training batches')
-        step = max(self.score_iters // 5, 1)
-        start = time.time()
+        start: dict[str, float] = {}
 
-        def progress(done: int) -> None:
-            if done % step == 0 or done == self.score_iters:
-                left = (time.time() - start) / done * (self.score_iters - done)
+        def progress(title: str, done: int, total: int) -> None:
+            begin = start.setdefault(title, time.time())
+            if done % max(total // 5, 1) == 0 or done == total:
+                left = (time.time() - begin) / done * (total - done)
                 runner.logger.info(
-                    f'Scored [{done}/{self.score_iters}] batches, '
-                    f'{left:.0f} s left'
+                    f'{title} [{done}/{total}], {left:.0f} s left'
                 )
 
         # A loader of its own, so that training sees its batches unshifted.
-        compress(
+        keep = compress(
             model,
             runner._train_dataloader,
             self.score_iters,
             self.reduction,
             self.seed,
+            self.target,
+            self.calib_iters,
             progress,
         )
-        if self.target is not None:
-            keep = meet_target(model, self.target)
+        if keep is not None:
             runner.logger.info(f'keep={keep:.3f} meets {self.target}')
 
     def _evaluate(self, runner: Runner, title: str) -> None:

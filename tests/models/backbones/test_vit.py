@@ -132,7 +132,7 @@ def test_full_maps_of_any_size(cls_token, restore, builder, size) -> None:
 
 
 def test_compression_runs_on_fewer_tokens() -> None:
-    backbone = build(dict(keep=0.5, thresholds='layer', layers=[1, 2]))
+    backbone = build(dict(keep=0.5, budget='layer', layers=[1, 2]))
     seen = []
     for layer in backbone.layers:
         layer.ffn.register_forward_hook(
@@ -144,7 +144,7 @@ def test_compression_runs_on_fewer_tokens() -> None:
 
 def test_span_merges_once() -> None:
     """Outputs inside a span are full maps and do not change the others."""
-    options = dict(keep=0.5, thresholds='layer', layers=[1, 2], span=2)
+    options = dict(keep=0.5, budget='layer', layers=[1, 2], span=2)
     inside = build(options, out_indices=(0, 1, 2))
     last = build(options)
     images = torch.randn(2, 3, 64, 96)

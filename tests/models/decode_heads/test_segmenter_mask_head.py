@@ -55,7 +55,7 @@ def test_equals_stock_without_compression(options: dict) -> None:
 
 @pytest.mark.parametrize('grid', [(4, 6), (6, 4), (7, 3), (1, 1)])
 def test_full_masks_when_compressed(grid) -> None:
-    head = build(dict(grid=(4, 6), keep=0.5, thresholds='layer'))
+    head = build(dict(grid=(4, 6), keep=0.5, budget='layer'))
     seen = []
     for layer in head.layers:
         layer.ffn.register_forward_hook(
@@ -65,7 +65,8 @@ def test_full_masks_when_compressed(grid) -> None:
     assert masks.shape == (2, 5, *grid)
     assert all(n < 5 + grid[0] * grid[1] or grid == (1, 1) for n in seen)
     masks.square().sum().backward()
-    assert head.compressor.restore_weight.grad.abs().sum() > 0
+    if grid != (1, 1):
+        assert head.compressor.restore_weight.grad.abs().sum() > 0
 
 
 def test_class_embeddings_are_prefix_tokens() -> None:

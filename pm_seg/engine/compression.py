@@ -1,0 +1,149 @@
+"""From a dense model to a compressed one, without training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .calibration import (
+    calibration_inputs,
+    fit_details,
+    measure_losses,
+)
+from .scoring import (
+    gather_scores,
+    isolated_rng,
+    require_compressible,
+    scored_modules,
+)
+from .targets import meet_target
+
+#: Called with what is being done, the steps done and their total.
+Progress = Callable[[str, int, int], None]
+
+
+def compress(
+    model: BaseModel,
+    dataloader: DataLoader | dict | None,
+    num_batches: int = 50,
+    reduction: str = 'image',
+    seed: int = 0,
+    target: dict[str, float] | None = None,
+    calib_batches: int = 2,
+    progress: Progress | None = None,
+) -> float | None:
+    """Give a dense model its structure.
+
+    Scores on training batches; the loss of compressing each layer, where a
+    module's budget needs it; groups; the fit of the detail paths. What the
+    model has already, from a checkpoint, is not measured again. The result
+    depends on the weights, the data and the seed alone; no other weight and
+    no random state changes. In a distributed run every process passes its
+    own batches and all get the same result.
+
+    Args:
+        model (BaseModel): An mmengine model, not wrapped.
+        dataloader (DataLoader | dict, optional): A loader of training
+            batches, or the config of one, which is then built anew with
+            ``seed``. None will do if nothing is left to measure, see
+            :func:`needs_data`.
+        num_batches (int): Batches to score. Defaults to 50.
+        reduction (str): See :class:`~pm_seg.core.ScoreRecorder`. Defaults to
+            'image'.
+        seed (int): Seed of the batches and their augmentation. Defaults to
+            0.
+        target (dict, optional): A budget instead of ``keep``, see
+            :func:`~pm_seg.engine.targets.meet_target`.
+        calib_batches (int): Batches for the losses and the detail paths.
+            Defaults to 2.
+        progress (Callable, optional): Called with what is being done, the
+            number of steps done, and their total.
+
+    Returns:
+        float | None: The keep that meets the target.
+
+    Raises:
+        ValueError: If nothing is compressible, or the target is out of
+            reach.
+    """
+    require_compressible(model)
+
+    def report(title: str) -> Callable[[int, int], None] | None:
+        return progress and (lambda *steps: progress(title, *steps))
+
+    with isolated_rng(seed):
+        scored = [m.compressor for m in scored_modules(model).values()]
+        if not all(compressor.has_scores for compressor in scored):
+            scoring = report('Scoring batches')
+            scores = gather_scores(
+                model,
+                _batches(dataloader, num_batches, seed),
+                num_batches,
+                reduction,
+                scoring and (lambda done: scoring(done, num_batches)),
+            )
+            for name, module in scored_modules(model).items():
+                module.compressor.store(scores[name])
+        inputs = []
+        if needs_data(model):
+            batches = _batches(dataloader, calib_batches, seed)
+            inputs = calibration_inputs(model, batches)
+        if any(compressor.wants_losses for compressor in scored):
+            losses = measure_losses(model, inputs, report('Measuring layers'))
+            modules = scored_modules(model)
+            for name, measured in losses.items():
+                modules[name].compressor.store(losses=measured)
+        keep = None
+        if target is not None:
+            keep = meet_target(model, target)
+        else:
+            for module in require_compressible(model).values():
+                module.compressor.build()
+        fit_details(model, inputs)
+    return keep
+
+
+def _batches(
+    dataloader: DataLoader | dict, count: int, seed: int
+) -> Iterator[dict]:
+    """The first batches of a loader, begun again when exhausted."""
+    if isinstance(dataloader, dict):
+        config = copy.deepcopy(dataloader)
+        config['persistent_workers'] = False
+        dataloader = Runner.build_dataloader(config, seed=seed)
+    while count > 0:
+        before = count
+        for data in islice(dataloader, count):
+            yield data
+            count -= 1
+        if count == before:
+            raise ValueError(
+                'the data loader yields no batch; is its dataset empty, or '
+                'was its infinite sampler used before?'
+            )
+
+
+def needs_data(model: BaseModel) -> bool:
+    """Whether :func:`compress` needs images for this model."""
+    return any(
+        not module.compressor.has_scores
+        or module.compressor.wants_losses
+        or module.compressor.detail
+        for module in scored_modules(model).values()
+    )
+
+
+def apply_scores(
+    model: BaseModel,
+    scores: dict[str, Tensor],
+    losses: dict[str, Tensor] | None = None,
+) -> None:
+    """Derive the structure of each module from given scores and losses."""
+    for name, module in scored_modules(model).items():
+        module.compressor.set_scores(scores[name], (losses or {}).get(name))
