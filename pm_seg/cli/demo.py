@@ -90,7 +90,8 @@ def _draw(
     for new, name in enumerate(classes):
         label_map[CLASS_IDS[name]] = new
     compressor = small.backbone.compressor
-    layer = min(compressor.layers)
+    counts = compressor.num_groups
+    layer = counts.index(min(counts))
     group = compressor.group[layer].view(compressor.grid).numpy()
     rows = []
     for file in sorted((root / 'images' / 'validation').iterdir())[:4]:

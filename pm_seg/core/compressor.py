@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .base import Compressor, LayerOutputs
 from .budget import BUDGETS, LEVELS, allocate
 from .centres import CENTRES, select_centres, top_mask
+from .segments import Segments, make_segments
 from .structure import (
     BUILDERS,
     PRUNED,
@@ -37,14 +38,14 @@ class _Layout:
     """What of a structure is fixed for one grid and device.
 
     Attributes:
-        slot (Tensor): int64, (depth, P+N), see :class:`TokenMap`.
+        segments (tuple[Segments, ...]): Groups of each layer's tokens.
         live (Tensor): bool, (depth, P+N).
         num_groups (tuple[int, ...]): K of each layer.
         any_pruned (tuple[bool, ...]): Whether a layer has pruned tokens.
         merge, restore (Tensor): Initial weights, (depth, N).
     """
 
-    slot: Tensor
+    segments: tuple[Segments, ...]
     live: Tensor
     num_groups: tuple[int, ...]
     any_pruned: tuple[bool, ...]
@@ -311,8 +312,7 @@ class TokenCompressor(Compressor):
     def map_macs(self) -> int:
         """Multiply-accumulates of merging and restoring, per layer."""
         tokens = self.num_prefix + self.num_tokens
-        detail = (2 * self.dims + 1) * self.detail
-        return tokens * (2 * self.dims + detail)
+        return tokens * (2 + 2 * self.detail) * self.dims
 
     @property
     def has_scores(self) -> bool:
@@ -493,10 +493,9 @@ class TokenCompressor(Compressor):
             if self.detail:
                 self.reset_detail()
             return
+        weights = self._all_weights(layout, layout.merge, layout.restore)
         for layer, *_ in self.spans:
-            dense = self._sparse_map(
-                layout, layer, layout.merge, layout.restore
-            ).to_dense()
+            dense = self._sparse_map(layout, layer, *weights).to_dense()
             self.merge_matrix[str(layer)].copy_(dense.merge_matrix)
             self.restore_matrix[str(layer)].copy_(dense.restore_matrix)
 
@@ -573,7 +572,7 @@ class TokenCompressor(Compressor):
         spans = {layers[0]: layers for layers in self.spans}
         if self.matrices == 'sparse':
             layout = self._layout(grid)
-            merge, restore = self._weights(grid)
+            merge, restore = self._all_weights(layout, *self._weights(grid))
         patches = grid[0] * grid[1]
         stages, layer = [], 0
         while layer < self.depth:
@@ -594,19 +593,24 @@ class TokenCompressor(Compressor):
                 maps[layer] = stage.token_map
         return maps
 
+    def _all_weights(
+        self, layout: _Layout, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        """(depth, N) to (depth, P+N): 1 for prefix, 0 for pruned tokens."""
+        return tuple(
+            F.pad(weight, (self.num_prefix, 0), value=1.0) * layout.live
+            for weight in weights
+        )
+
     def _sparse_map(
         self, layout: _Layout, layer: int, merge: Tensor, restore: Tensor
     ) -> TokenMap:
-        """Map of one layer from patch-token weights, (depth, N)."""
-        prefix = merge.new_ones(self.num_prefix)
-        live = layout.live[layer]
-        patch_live = live[self.num_prefix :]
+        """Map of one layer from the weights of all tokens, (depth, P+N)."""
         return TokenMap(
-            slot=layout.slot[layer],
-            merge_weight=torch.cat([prefix, merge[layer] * patch_live]),
-            restore_weight=torch.cat([prefix, restore[layer] * patch_live]),
-            num_slots=self.num_prefix + layout.num_groups[layer],
-            live=live if layout.any_pruned[layer] else None,
+            segments=layout.segments[layer],
+            merge_weight=merge[layer],
+            restore_weight=restore[layer],
+            live=layout.live[layer] if layout.any_pruned[layer] else None,
             mode=self.mode,
             detail=(self.detail_down[layer], self.detail_up[layer])
             if self.detail
@@ -694,6 +698,7 @@ class TokenCompressor(Compressor):
         return layout or self._derive_layout(grid)
 
     @torch.compiler.disable
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _derive_layout(self, grid: Grid) -> _Layout:
         device = self.group.device
@@ -730,12 +735,10 @@ class TokenCompressor(Compressor):
             group_weights(row, members, self.weights)
             for row, members in zip(scores, group)
         ]
-        live = group != PRUNED
-        prefix = torch.arange(self.num_prefix).expand(self.depth, -1)
-        slot = torch.cat([prefix, group.clamp_min(0) + self.num_prefix], dim=1)
-        live = torch.cat([torch.ones_like(prefix, dtype=torch.bool), live], 1)
+        live = F.pad(group != PRUNED, (self.num_prefix, 0), value=True)
+        segments = [make_segments(row, self.num_prefix) for row in group]
         return _Layout(
-            slot=slot.to(device),
+            segments=tuple(part.to(device) for part in segments),
             live=live.to(device),
             num_groups=tuple((group.amax(1) + 1).tolist()),
             any_pruned=tuple((~live).any(1).tolist()),

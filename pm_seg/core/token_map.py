@@ -9,7 +9,7 @@ and restore weights ``r`` (both 0 for a *pruned* token)::
     block                 y    = block(z)
     restore 'replace'     x'_n = r_n y_g(n)                 (pruned: x_n)
     restore 'residual'    x'_n = x_n + r_n (y_g(n) - z_g(n))
-                                 + U D (x_n - z_g(n))       (with detail)
+                                 + U D (x_n - r_n z_g(n))   (with detail)
 
 'replace' is the merge / reconstruct / shortcut of Mao et al., "Efficient
 Token Compression for Vision Transformer with Spatial Information Preserved"
@@ -29,6 +29,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .segments import Segments, segment_gather, segment_sum
 
 RESTORE_MODES = ('replace', 'residual')
 
@@ -58,11 +60,9 @@ class TokenMap:
     group with both weights 1.
 
     Attributes:
-        slot (Tensor): Row of the merged sequence each token goes to, int64,
-            (P+N,). Pruned tokens may name any row; their weights are 0.
+        segments (Segments): Row of the merged sequence each token goes to.
         merge_weight (Tensor): ``m``, (P+N,).
         restore_weight (Tensor): ``r``, (P+N,).
-        num_slots (int): P+K.
         live (Tensor, optional): Which tokens are not pruned, bool, (P+N,).
             None if no token is pruned.
         mode (str): 'replace' or 'residual'.
@@ -70,13 +70,22 @@ class TokenMap:
             to be multiplied from the right; 'residual' only.
     """
 
-    slot: Tensor
+    segments: Segments
     merge_weight: Tensor
     restore_weight: Tensor
-    num_slots: int
     live: Tensor | None = None
     mode: str = 'residual'
     detail: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def slot(self) -> Tensor:
+        """Row of the merged sequence each token goes to, int64, (P+N,)."""
+        return self.segments.slot
+
+    @property
+    def num_slots(self) -> int:
+        """P+K."""
+        return self.segments.num_slots
 
     def merge(self, x: Tensor) -> Tensor:
         """Merge tokens.
@@ -91,9 +100,7 @@ class TokenMap:
             ValueError: If ``x`` does not have P+N tokens.
         """
         _check_tokens(x, self.slot.numel(), 'merge')
-        weight = self.merge_weight.to(x.dtype).unsqueeze(-1)
-        merged = x.new_zeros(x.shape[0], self.num_slots, x.shape[2])
-        return merged.index_add(1, self.slot, x * weight)
+        return segment_sum(x, self.merge_weight, self.segments)
 
     def restore(self, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
         """Bring a block's output back to all tokens.
@@ -111,35 +118,36 @@ class TokenMap:
         """
         _check_tokens(x, self.slot.numel(), 'restore')
         _check_tokens(y, self.num_slots, 'restore')
-        weight = self.restore_weight.to(x.dtype).unsqueeze(-1)
-        if self.mode == 'residual':
-            update = weight * (y - z).index_select(1, self.slot)
-            if self.detail is not None:
-                update = update + self._detail(x, z)
-            return x + update
-        restored = weight * y.index_select(1, self.slot)
-        if self.live is None:
-            return restored
-        return torch.where(self.live.unsqueeze(-1), restored, x)
-
-    def _detail(self, x: Tensor, z: Tensor) -> Tensor:
-        """``U D (x_n - z_g(n))``, 0 for pruned tokens."""
-        down, up = (matrix.to(x.dtype) for matrix in self.detail)
-        hidden = x @ down - (z @ down).index_select(1, self.slot)
-        if self.live is not None:
-            hidden = hidden * self.live.unsqueeze(-1)
-        return hidden @ up
+        if self.mode == 'replace':
+            restored = segment_gather(y, self.restore_weight, self.segments)
+            if self.live is None:
+                return restored
+            return torch.where(self.live.unsqueeze(-1), restored, x)
+        update = y - z
+        if self.detail is not None:
+            down, up = (matrix.to(x.dtype) for matrix in self.detail)
+            update = update - z @ down @ up
+            hidden = x @ down
+            if self.live is not None:
+                hidden = hidden * self.live.unsqueeze(-1)
+            x = x + hidden @ up
+        return x + segment_gather(update, self.restore_weight, self.segments)
 
     def to_dense(self) -> DenseTokenMap:
-        """The same map as a pair of matrices, without the detail path."""
+        """The same map as a pair of matrices, without the detail path.
+
+        Groups are in the order of the builder: row k of a merge here is row
+        ``segments.given[k]`` there.
+        """
         tokens = torch.arange(self.slot.numel(), device=self.slot.device)
+        group = self.segments.given[self.slot]
         live = self.live
         if live is None:
-            live = torch.ones_like(self.slot, dtype=torch.bool)
+            live = torch.ones_like(group, dtype=torch.bool)
         merge = self.merge_weight.new_zeros(self.num_slots, tokens.numel())
-        merge = merge.index_put((self.slot, tokens), self.merge_weight)
-        restore = self.restore_weight.new_zeros(tokens.numel(), self.num_slots)
-        restore = restore.index_put((tokens, self.slot), self.restore_weight)
+        merge = merge.index_put((group, tokens), self.merge_weight)
+        restore = merge.new_zeros(tokens.numel(), self.num_slots)
+        restore = restore.index_put((tokens, group), self.restore_weight)
         return DenseTokenMap(merge, restore, live, self.mode)
 
 

@@ -19,8 +19,8 @@ def layer_macs(layer: nn.Module, tokens: int) -> int:
 def token_map_macs(compressor: TokenCompressor, slots: int) -> int:
     """Multiply-accumulates of merge, restore, detail path and shortcut."""
     if compressor.matrices == 'sparse':
-        hidden = compressor.detail * compressor.dims * slots
-        return compressor.map_macs + hidden
+        on_groups = 2 * compressor.detail * compressor.dims * slots
+        return compressor.map_macs + on_groups
     tokens = compressor.num_prefix + compressor.num_tokens
     passes = 3 if compressor.mode == 'residual' else 2
     return passes * slots * tokens * compressor.dims

@@ -11,14 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 _ATEN = torch.ops.aten
 
 
-def _index_add_flops(x, dim, index, source, *args, **kwargs) -> int:
-    """One multiply-accumulate for each merged value."""
+def _gather_flops(x, *args, out_shape=None, **kwargs) -> int:
+    """One multiply-accumulate for each merged or restored value."""
+    return 2 * _numel(out_shape) if len(out_shape) > 2 else 0
+
+
+def _scatter_flops(x, dim, index, source, *args, **kwargs) -> int:
     return 2 * _numel(source)
 
 
-def _index_select_flops(x, dim, index, *args, out_shape=None, **kwargs) -> int:
-    """One multiply-accumulate for each restored or subtracted value."""
-    return 2 * _numel(out_shape)
+def _bag_flops(rows, index, *args, **kwargs) -> int:
+    return 2 * _numel(index) * rows[1]
 
 
 def _numel(shape) -> int:
@@ -26,8 +29,11 @@ def _numel(shape) -> int:
 
 
 _TOKEN_MAP_FLOPS = {
-    _ATEN.index_add: _index_add_flops,
-    _ATEN.index_select: _index_select_flops,
+    _ATEN.index_select: _gather_flops,
+    _ATEN.gather: _gather_flops,
+    _ATEN._embedding_bag: _bag_flops,
+    _ATEN._embedding_bag_forward_only: _bag_flops,
+    _ATEN.scatter_add: _scatter_flops,
 }
 
 

@@ -46,10 +46,10 @@ def test_dense_model(batch: int) -> None:
     ('restore', 'detail'), [('replace', 0), ('residual', 0), ('residual', 4)]
 )
 def test_sparse_maps_are_counted(restore: str, detail: int) -> None:
-    """Merge and restore N C each; the detail path down, gather and up."""
+    """Merge and restore N C each; detail paths down and up, N and K."""
     compression = dict(keep=0.5, layers=[1, 2], restore=restore, detail=detail)
     model = backbone(compression)
-    path = detail * (2 * 17 * DIMS + 9 * DIMS + 17)
+    path = detail * 2 * (17 + 9) * DIMS
     expected = EMBED + block_macs(17)
     expected += 2 * (block_macs(1 + 8) + 2 * 17 * DIMS + path)
     images = torch.randn(1, 3, 64, 64)

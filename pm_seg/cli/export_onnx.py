@@ -1,0 +1,158 @@
+"""Export a model to ONNX for one image size, and check it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from torch import Tensor, nn
+
+from .common import (
+    add_common_arguments,
+    fetch_checkpoint,
+    load_config,
+    quiet_warnings,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='export_onnx.py',
+        description='Write a model as ONNX, from normalised images (B, 3, H, '
+        'W) to class logits, with fixed B, H and W, and compare it with '
+        'PyTorch in onnxruntime. Needs: pip install onnx onnxscript '
+        'onnxruntime.',
+        epilog='Example: python tools/export_onnx.py '
+        'configs/segmenter_vit-s_pm_ade20k.py pm.pth --out pm.onnx',
+    )
+    parser.add_argument('config', help='dense or compressed')
+    parser.add_argument('checkpoint', help='that fits the config')
+    parser.add_argument('--out', required=True, help='.onnx file to write')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help="image size; defaults to the backbone's img_size",
+    )
+    parser.add_argument('--batch-size', type=int, default=1)
+    parser.add_argument(
+        '--logits',
+        choices=('image', 'patches'),
+        default='image',
+        help='segmentation logits at the size of the image (default) or of '
+        'the patch grid',
+    )
+    parser.add_argument(
+        '--tolerance',
+        type=float,
+        default=1e-3,
+        help='largest difference of logits to accept (default 1e-3)',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+class Predictor(nn.Module):
+    """Normalised images to class logits."""
+
+    def __init__(self, model: nn.Module, resize: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.resize = resize
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images, mode='tensor')
+        if self.resize and logits.dim() == 4:
+            logits = nn.functional.interpolate(
+                logits,
+                size=images.shape[2:],
+                mode='bilinear',
+                align_corners=self.model.align_corners,
+            )
+        return logits
+
+
+def export(model: nn.Module, images: Tensor, path: Path) -> None:
+    """Write ``model`` for inputs of the shape of ``images``, or nothing.
+
+    Args:
+        model (nn.Module): In evaluation mode, on the CPU.
+        images (Tensor): (B, 3, H, W).
+        path (Path): File to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'{path.name}.partial')
+    try:
+        with torch.no_grad():
+            model(images)  # derives token maps of this size
+            torch.onnx.export(
+                model,
+                (images,),
+                str(partial),
+                input_names=['images'],
+                output_names=['logits'],
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def compare(model: nn.Module, images: Tensor, path: Path) -> float:
+    """Largest difference between onnxruntime and PyTorch."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        str(path), providers=['CPUExecutionProvider']
+    )
+    (found,) = session.run(None, {'images': images.numpy()})
+    with torch.no_grad():
+        expected = model(images).numpy()
+    return float(np.abs(found - expected).max())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``tools/export_onnx.py``."""
+    args = parse_args(argv)
+    quiet_warnings()
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        sys.exit(f'{error}; pip install onnx onnxscript onnxruntime')
+    cfg = load_config(args)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    model = MODELS.build(cfg.model)
+    load_checkpoint(
+        model, fetch_checkpoint(args.checkpoint), map_location='cpu'
+    )
+    size = args.size or model.backbone.img_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    predictor = Predictor(model, args.logits == 'image').eval()
+    images = torch.rand(args.batch_size, 3, *size) * 2 - 1
+    path = Path(args.out)
+    export(predictor, images, path)
+    worst = compare(predictor, images, path)
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    print(
+        f'Wrote {path}: {tuple(images.shape)} -> logits, '
+        f'{len(operators)} kinds of operators, '
+        f'{path.stat().st_size / 2**20:.1f} MiB; onnxruntime differs from '
+        f'PyTorch by at most {worst:.1e}'
+    )
+    if worst > args.tolerance:
+        sys.exit(f'That is more than --tolerance {args.tolerance}')
+
+
+if __name__ == '__main__':
+    main()
