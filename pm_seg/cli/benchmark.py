@@ -9,6 +9,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,9 +34,10 @@ from .common import (
     load_config,
     quiet_warnings,
 )
+from .export_onnx import Predictor, export
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-MODES = ('eager', 'compiled', 'cudagraph')
+MODES = ('eager', 'compiled', 'cudagraph', 'onnx')
 DENSE = 'dense'
 
 #: Compression dicts of the methods that are compared, beside the config's.
@@ -84,7 +86,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--dtype', nargs='+', choices=list(DTYPES), default=['fp32']
     )
-    parser.add_argument('--modes', nargs='+', choices=MODES, default=['eager'])
+    parser.add_argument(
+        '--modes',
+        nargs='+',
+        choices=MODES,
+        default=['eager'],
+        help='cudagraph needs CUDA; onnx is onnxruntime on the CPU, fp32',
+    )
     parser.add_argument(
         '--train',
         action='store_true',
@@ -211,6 +219,24 @@ def _inference(model: nn.Module, images: Tensor, mode: str) -> Callable:
     return call
 
 
+def _onnx(model: nn.Module, images: Tensor) -> Callable:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Sessions that wait for their turn must not keep the cores busy.
+    spinning = 'session.intra_op.allow_spinning'
+    options.add_session_config_entry(spinning, '0')
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'model.onnx'
+        export(Predictor(model, resize=False).eval(), images, path)
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=['CPUExecutionProvider']
+        )
+    array = images.numpy()
+    return lambda: session.run(None, {'images': array})
+
+
 def _training(
     model: nn.Module, images: Tensor, mode: str, dtype: torch.dtype
 ) -> Callable:
@@ -259,6 +285,8 @@ def measure(
     for name, model in models.items():
         if train:
             call = _training(model.train(), images, mode, DTYPES[dtype])
+        elif mode == 'onnx':
+            call = _onnx(model.eval(), images)
         else:
             model = model.eval().to(DTYPES[dtype])
             call = _inference(model, images.to(DTYPES[dtype]), mode)
@@ -359,6 +387,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     quiet_warnings()
     if 'cudagraph' in args.modes and args.device != 'cuda':
         sys.exit('--modes cudagraph needs a CUDA device')
+    if 'onnx' in args.modes and (
+        args.train or args.device != 'cpu' or args.dtype != ['fp32']
+    ):
+        sys.exit('--modes onnx times inference with --device cpu --dtype fp32')
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     size = args.size or cfg.model.backbone.img_size
