@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_scoring import batch, build
+from tiny import batch, build
 
 from pm_seg.core.budget import LEVELS
 from pm_seg.engine import compress, describe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_scoring import build
+from tiny import build
 
 from pm_seg.engine import apply_scores, describe, meet_target
 from pm_seg.engine.report import layer_macs, token_map_macs
