@@ -25,7 +25,7 @@ def spread_mask(
 
     Weighted farthest-point sampling: take the token with the largest
     ``weight * distance to the nearest centre so far``, 5 % jitter, until
-    there are ``count``. Time O(N count).
+    there are ``count``. A new centre updates its surroundings only.
 
     Args:
         weight (Tensor): (N,), >= 0; tokens of weight 0 come last.
@@ -39,19 +39,30 @@ def spread_mask(
     height, width = grid
     if count == height * width:
         return torch.ones(count, dtype=torch.bool)
-    rows, columns = np.divmod(np.arange(height * width), width)
     gain = weight.double().numpy() * rng.uniform(0.95, 1.05, weight.numel())
-    gain = gain**2  # distances are squared: the product ranks alike
-    nearest = np.full(height * width, float((height + width) ** 2))
-    chosen = np.zeros(height * width, bool)
-    for _ in range(count):
-        centre = int(np.argmax(gain * nearest))
-        chosen[centre] = True
-        gain[centre] = -1.0
-        row, column = divmod(centre, width)
-        distance = (rows - row) ** 2 + (columns - column) ** 2
-        np.minimum(nearest, np.maximum(distance, 1), out=nearest)
-    return torch.from_numpy(chosen)
+    gain = (gain**2).reshape(grid)  # distances are squared: they rank alike
+    nearest = np.full(grid, float((height + width) ** 2))
+    merit = gain * nearest
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    chosen = np.zeros(grid, bool)
+    reach = height + width
+    for number in range(count):
+        row, column = divmod(int(merit.argmax()), width)
+        chosen[row, column] = True
+        gain[row, column] = -1.0
+        # A centre changes nothing farther away than the largest distance.
+        if number % 16 == 15:
+            reach = int(nearest.max() ** 0.5) + 1
+        window = (
+            slice(max(row - reach, 0), row + reach + 1),
+            slice(max(column - reach, 0), column + reach + 1),
+        )
+        distance = (rows[window[0]] - row) ** 2
+        distance = distance + (columns[window[1]] - column) ** 2
+        near = np.minimum(nearest[window], np.maximum(distance, 1))
+        nearest[window] = near
+        merit[window] = gain[window] * near
+    return torch.from_numpy(chosen.reshape(-1))
 
 
 def select_centres(

@@ -60,3 +60,18 @@ def test_done_rows_are_not_run_again(tmp_path: Path, monkeypatch) -> None:
     console.print(camvid_table.table(results))
     text = console.export_text()
     assert '60.50 (1.00)' in text and '50.00 (0.00)' in text
+
+
+def test_measurements_are_shared_between_shares(tmp_path: Path) -> None:
+    args = camvid_table.parse_args(
+        ['--iters', '0', '--work-dir', str(tmp_path), '--checkpoint', 'd.pth']
+    )
+    assert camvid_table._scored(args, 'ours 50%', 0) == 'd.pth'
+    for name in ('ours 70%-0', 'ours 50%-no rotation-0'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'iter_0.pth').touch()
+    found = camvid_table._scored(args, 'ours 50%', 0)
+    assert found == str(tmp_path / 'ours 70%-0' / 'iter_0.pth')
+    assert camvid_table._scored(args, 'ours 50%', 1) == 'd.pth'
+    assert camvid_table._scored(args, 'paper 50%', 0) == 'd.pth'
+    assert camvid_table._scored(args, 'ours 50%, flat budget', 0) == 'd.pth'

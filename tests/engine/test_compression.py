@@ -106,3 +106,23 @@ def test_merging_needs_no_data(kind: str) -> None:
 def test_empty_loader() -> None:
     with pytest.raises(ValueError, match='yields no batch'):
         compress(build(), [], 2)
+
+
+@pytest.mark.parametrize('options', [{}, dict(type='tome', head=False)])
+def test_the_whole_model_compiles(options: dict) -> None:
+    """Encoder and decoder, one graph, under autocast too."""
+    torch._dynamo.reset()
+    model = build(**options).eval()
+    compress(model, BATCHES, 2)
+    images = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(
+        lambda x: model(x, mode='tensor'), fullgraph=True, backend='aot_eager'
+    )
+    with torch.no_grad():
+        expected = model(images, mode='tensor')
+        torch.testing.assert_close(
+            compiled(images), expected, rtol=1e-4, atol=1e-5
+        )
+        with torch.autocast('cpu', torch.bfloat16):
+            mixed = compiled(images)
+    assert (mixed - expected).abs().max() < 0.1 * expected.abs().max()
