@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import struct
 import zipfile
 import zlib
@@ -38,6 +39,14 @@ _FACTS = (
     'patch_size',
     'prune',
     'scores',
+)
+
+#: Lines around torch's reason for refusing a file.
+_TORCH_ADVICE = ('Weights only load failed', 'Please file', 'Check the')
+#: Reasons that mean that it holds more than data.
+_CODE = re.compile(
+    r'\bglobal\b|refusing|unrecognized function|unsupported class|Can only',
+    re.IGNORECASE,
 )
 
 
@@ -188,6 +197,8 @@ def _check_archive(path: Path) -> None:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
+    if not zipfile.is_zipfile(path):
+        raise _damaged(path, 'not a zip file')
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -235,11 +246,12 @@ def _read_torch(path: Path) -> dict[str, Any]:
             torch.serialization.add_safe_globals([argparse.Namespace])
         content = read_checkpoint(path)
     except UnpicklingError as error:
-        reason = str(error).split('WeightsUnpickler error: ')[-1]
-        reason = reason.splitlines()[0]
-        if 'global' in reason.lower() or 'refusing' in reason:
-            raise _refused(path, reason) from error
-        raise _damaged(path, reason) from error
+        # torch's own advice is to load unsafely: not passed on.
+        lines = [line.strip() for line in str(error).splitlines()]
+        lines = [x for x in lines if x and not x.startswith(_TORCH_ADVICE)]
+        reason = lines[0] if lines else 'not a pickle of weights'
+        make = _refused if _CODE.search(reason) else _damaged
+        raise make(path, reason) from error
     except (
         OSError,
         EOFError,
@@ -280,7 +292,7 @@ def _read_variant(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = yaml.load(path.read_text(), _VariantLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConversionError(
             f'{path.name} beside the checkpoint cannot be read as plain data '
             f'({error}); restore it, or move it away to do without'
