@@ -218,8 +218,6 @@ def random_matrices(
             recover[token, slot] += 1
         mask = torch.ones(tokens)
         mask[prefix : prefix + pruned] = 0
-        merge[:, mask == 0] = 0
-        recover[mask == 0] = 0
         state[f'{key}.merge_matrix'] = merge
         state[f'{key}.recover_matrix'] = recover
         state[f'{key}.token_mask'] = mask

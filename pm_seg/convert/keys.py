@@ -7,7 +7,7 @@ share them (``patch_embed.proj``, ``blocks.0.attn.qkv``, ...).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -83,9 +83,10 @@ class Hints:
     @classmethod
     def of(cls, source: Source, **given: Any) -> Hints:
         """Hints of a file; what is given (not None) takes precedence."""
+        heads = number(source.facts, 'num_heads')
         img_size = source.facts.get('img_size')
         found = dict(
-            num_heads=_integer(source.facts.get('num_heads')),
+            num_heads=None if heads is None else int(heads),
             img_size=None if img_size is None else pair(img_size),
         )
         found.update((k, v) for k, v in given.items() if v is not None)
@@ -97,23 +98,61 @@ class Hints:
         )
 
 
-def _integer(value: Any) -> int | None:
-    return None if value is None else int(value)
+def number(
+    section: Mapping[str, Any], name: str, default: float | None = None
+) -> float | None:
+    """A number of a description, ``default`` where there is none.
+
+    Raises:
+        ConversionError: If it is something else.
+    """
+    value = section.get(name)
+    if value is None:
+        return default
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConversionError(
+            f'{name}={value!r} in the input is not a number; correct it or '
+            'remove it'
+        ) from None
 
 
 def pair(value: Any) -> tuple[int, int]:
     """(height, width) of a number, a sequence or a tensor.
 
     Raises:
-        ConversionError: If it is neither one number nor two.
+        ConversionError: If it is neither one number > 0 nor two.
     """
-    numbers = torch.as_tensor(value).flatten().tolist()
-    if len(numbers) not in (1, 2):
+    try:
+        numbers = [int(n) for n in torch.as_tensor(value).flatten()]
+    except (TypeError, ValueError, RuntimeError):
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
         raise ConversionError(
-            f'got image size {numbers}; expected one number or height and '
-            'width'
+            f'got size {value}; expected one number > 0, or height and width'
         )
-    return int(numbers[0]), int(numbers[-1])
+    return numbers[0], numbers[-1]
+
+
+def shape_of(
+    state: dict[str, Tensor], key: str, dims: int, what: str
+) -> tuple[int, ...]:
+    """Shape of an entry that sizes are taken from.
+
+    Raises:
+        ConversionError: If it is not there or does not have ``dims``
+            dimensions of at least 1.
+    """
+    if key not in state:
+        raise ConversionError(_foreign(state, what, key))
+    shape = tuple(state[key].shape)
+    if len(shape) != dims or 0 in shape:
+        raise ConversionError(
+            f'{key} has shape {shape}, expected {dims} dimensions; this is '
+            f'no {what} checkpoint or a damaged one'
+        )
+    return shape
 
 
 @dataclass(frozen=True)
@@ -173,30 +212,19 @@ def read_geometry(
         ConversionError: If it is none, or its image size or number of heads
             cannot be known.
     """
-    basic = (
-        ('cls_token', 3),
-        ('pos_embed', 3),
-        ('patch_embed.proj.weight', 4),
-        ('blocks.0.mlp.fc1.weight', 2),
+    shape_of(state, 'cls_token', 3, what)
+    length = shape_of(state, 'pos_embed', 3, what)[1]
+    embed_dims, in_channels, patch, across = shape_of(
+        state, 'patch_embed.proj.weight', 4, what
     )
-    for key, dims in basic:
-        if key not in state:
-            raise ConversionError(_foreign(state, what, key))
-        if state[key].dim() != dims:
-            raise ConversionError(
-                f'{key} has shape {tuple(state[key].shape)}, expected '
-                f'{dims} dimensions; this is no {what} checkpoint'
-            )
-    embed_dims, in_channels, patch, across = state[basic[2][0]].shape
+    hidden = shape_of(state, 'blocks.0.mlp.fc1.weight', 2, what)[0]
     if patch != across:
         raise ConversionError(
             f'patches of {patch}x{across} pixels are not square; only square '
             'ones can be converted'
         )
     layers = count_blocks(state, what)
-    hidden = state[basic[3][0]].shape[0]
     num_prefix = 1 + ('dist_token' in state)
-    length = state['pos_embed'].shape[1]
     if hints.img_size is not None:
         height, width = hints.img_size
         alone = (height // patch) * (width // patch) == length

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core import TokenCompressor
 from ..core.structure import PRUNED, Grid
-from .keys import Hints
+from .keys import Hints, number
 from .results import Converted
 from .segmenter import convert_segmenter
 from .sources import ConversionError
@@ -220,7 +220,7 @@ def _check_entries(
             'again'
         )
     shapes = {name: tuple(entries[name].shape) for name in _NAMES}
-    slots = (shapes['merge_matrix'] or (0,))[0]
+    slots = (*shapes['merge_matrix'], 0)[0]
     expected = dict(
         merge_matrix=(slots, tokens),
         recover_matrix=(tokens, slots),
@@ -296,8 +296,7 @@ def _rates(
         prune=int((group == PRUNED).sum()) / total,
     )
     for name in found:
-        if facts.get(name) is not None:
-            found[name] = float(facts[name])
+        found[name] = number(facts, name, found[name])
     return {name: round(value, 6) for name, value in found.items()}
 
 

@@ -16,9 +16,11 @@ from .keys import (
     embeddings,
     linear,
     norm,
+    number,
     pair,
     read_geometry,
     rename,
+    shape_of,
 )
 from .results import NORMALIZATIONS, Converted
 from .sources import ConversionError
@@ -121,7 +123,7 @@ def convert_segmenter(state: dict[str, Tensor], hints: Hints) -> Converted:
                 num_layers=geometry.num_layers,
                 num_heads=geometry.num_heads,
                 mlp_ratio=geometry.hidden_dims // geometry.embed_dims,
-                drop_path_rate=float(net.get('drop_path_rate', 0.1)),
+                drop_path_rate=number(net, 'drop_path_rate', 0.1),
                 final_norm=True,
                 norm_cfg=dict(_NORM),
                 with_cls_token=True,
@@ -153,9 +155,9 @@ def _section(hints: Hints, name: str) -> dict[str, Any]:
 def _complete(hints: Hints, net: dict[str, Any]) -> Hints:
     """Take from variant.yml what is not known yet."""
     changes = {}
-    if hints.num_heads is None and 'n_heads' in net:
-        changes['num_heads'] = int(net['n_heads'])
-    if hints.img_size is None and 'image_size' in net:
+    if hints.num_heads is None and net.get('n_heads') is not None:
+        changes['num_heads'] = int(number(net, 'n_heads'))
+    if hints.img_size is None and net.get('image_size') is not None:
         changes['img_size'] = pair(net['image_size'])
     return Hints(**{**vars(hints), **changes})
 
@@ -166,7 +168,7 @@ def _check_variant(geometry: Geometry, net: dict[str, Any]) -> None:
         ('d_model', geometry.embed_dims),
         ('patch_size', geometry.patch_size),
     ):
-        if name in net and int(net[name]) != actual:
+        if number(net, name, actual) != actual:
             raise ConversionError(
                 f'variant.yml says {name}={net[name]}, the weights have '
                 f'{actual}; it belongs to another checkpoint (move it away) '
@@ -178,7 +180,8 @@ def _linear_head(
     decoder: dict[str, Tensor], geometry: Geometry, hints: Hints
 ) -> tuple[dict[str, Any], list[Renaming]]:
     """The linear decoder: mmseg's ``FCNHead`` without its convolutions."""
-    dims, classes = geometry.embed_dims, decoder['head.weight'].shape[0]
+    dims = geometry.embed_dims
+    classes = shape_of(decoder, 'head.weight', 2, 'linear decoder')[0]
     cfg = dict(
         type='FCNHead',
         in_channels=dims,
@@ -208,7 +211,7 @@ def _mask_transformer(
     missing = [
         key
         for key in ('cls_emb', 'proj_dec.weight', 'blocks.0.mlp.fc1.weight')
-        if key not in decoder or decoder[key].dim() < 2
+        if key not in decoder
     ]
     if missing:
         raise ConversionError(
@@ -218,17 +221,21 @@ def _mask_transformer(
             'decoders cannot be converted, an incomplete file must be copied '
             'again'
         )
-    classes = decoder['cls_emb'].shape[1]
-    dims = decoder['proj_dec.weight'].shape[0]
-    hidden = decoder['blocks.0.mlp.fc1.weight'].shape[0]
-    depth = count_blocks(decoder, 'mask transformer')
+    what = 'mask transformer'
+    classes = shape_of(decoder, 'cls_emb', 3, what)[1]
+    dims = shape_of(decoder, 'proj_dec.weight', 2, what)[0]
+    hidden = shape_of(decoder, 'blocks.0.mlp.fc1.weight', 2, what)[0]
+    depth = count_blocks(decoder, what)
     net = _section(hints, 'net_kwargs')
-    cfg_decoder = net.get('decoder') or {}
-    expected = cfg_decoder.get('n_layers')
-    if expected is not None and int(expected) != depth:
+    cfg_decoder = net.get('decoder')
+    if not isinstance(cfg_decoder, dict):
+        cfg_decoder = {}
+    expected = number(cfg_decoder, 'n_layers', depth)
+    if expected != depth:
         raise ConversionError(
-            f'variant.yml says the decoder has {expected} layers, the weights '
-            f'have {depth}; the checkpoint is incomplete or another one'
+            f'variant.yml says the decoder has {expected:g} layers, the '
+            f'weights have {depth}; the checkpoint is incomplete or another '
+            'one'
         )
     # The repository gives both parts heads of the same size.
     head_dims = geometry.embed_dims // geometry.num_heads
@@ -247,7 +254,7 @@ def _mask_transformer(
         num_heads=int(heads),
         embed_dims=dims,
         mlp_ratio=hidden // dims,
-        drop_path_rate=float(cfg_decoder.get('drop_path_rate', 0.0)),
+        drop_path_rate=number(cfg_decoder, 'drop_path_rate', 0.0),
         norm_cfg=dict(_NORM),
         **_common_head(classes),
     )
@@ -288,7 +295,7 @@ def _normalization(
             'normalization', net.get('normalization')
         )
         names = {'vit': 'vit', 'deit': 'imagenet'}
-        name = names.get(written)
+        name = names.get(str(written))
         if name is None:
             name = 'vit'
             reason = ' (a guess; change it with --normalization)'
@@ -312,7 +319,7 @@ def _dataset_meta(hints: Hints, num_classes: int) -> dict[str, Any]:
     from mmseg.registry import DATASETS
 
     name = _section(hints, 'dataset_kwargs').get('dataset')
-    if name in _DATASETS:
+    if isinstance(name, str) and name in _DATASETS:
         meta = DATASETS.get(_DATASETS[name]).METAINFO
         if len(meta['classes']) == num_classes:
             return {key: meta[key] for key in ('classes', 'palette')}

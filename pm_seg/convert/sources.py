@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch import Tensor
 from ..utils.checkpoints import read_checkpoint
 
 #: Where training scripts keep the weights among other things, first wins.
-_NESTED = ('state_dict', 'model', 'model_state_dict')
+_NESTED = ('state_dict', 'model', 'model_state_dict', 'sd')
 #: Prefixes that wrappers put before every key.
 _WRAPPERS = ('module.', '_orig_mod.')
 #: Archives of arrays may hold weights below this prefix, the rest beside it.
@@ -63,8 +61,8 @@ class Source:
         facts (dict[str, Tensor]): What else the file says about the model,
             for example ``num_heads``, ``scores``, ``channels``.
         variant (dict): ``variant.yml`` beside the file, else empty.
-        pretrained_cfg (dict): timm's entry of ``config.json`` beside the
-            file, else empty.
+        pretrained_cfg (dict): ``mean`` and ``std`` in timm's ``config.json``
+            beside the file, else empty.
     """
 
     state: dict[str, Tensor]
@@ -202,15 +200,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        zlib.error,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # damaged bytes raise about anything
         if 'allow_pickle' in str(error):
             raise _refused(path, 'pickled objects') from error
         raise _damaged(path, error) from error
@@ -223,7 +213,6 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
         raise ConversionError(
@@ -232,7 +221,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
+    except Exception as error:  # damaged bytes raise about anything
         raise _damaged(path, error) from error
 
 
@@ -252,17 +241,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         reason = lines[0] if lines else 'not a pickle of weights'
         make = _refused if _CODE.search(reason) else _damaged
         raise make(path, reason) from error
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # damaged bytes raise about anything
         raise _damaged(path, str(error).split('\n')[0]) from error
     if not isinstance(content, Mapping):
         raise ConversionError(
@@ -308,4 +287,12 @@ def _read_pretrained_cfg(path: Path) -> dict[str, Any]:
     except (ValueError, UnicodeDecodeError):
         return {}  # some other program's file
     found = content.get('pretrained_cfg') if isinstance(content, dict) else {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        key: value
+        for key, value in found.items()
+        if key in ('mean', 'std')
+        and isinstance(value, list)
+        and all(isinstance(number, (int, float)) for number in value)
+    }

@@ -19,6 +19,7 @@ from .keys import (
     norm,
     read_geometry,
     rename,
+    shape_of,
 )
 from .results import NORMALIZATIONS, Converted
 
@@ -126,7 +127,7 @@ def _head(
     if 'head.weight' not in state:
         # A bias or a second layer alone is reported as unexpected.
         return None, []
-    classes = state['head.weight'].shape[0]
+    classes = shape_of(state, 'head.weight', 2, _WHAT)[0]
     cfg = dict(num_classes=classes, in_channels=dims)
     cfg['loss'] = dict(
         type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'
@@ -136,7 +137,8 @@ def _head(
         return dict(type='LinearClsHead', **cfg), list(entries)
     entries = []
     if 'pre_logits.fc.weight' in state:
-        cfg['hidden_dim'] = state['pre_logits.fc.weight'].shape[0]
+        key = 'pre_logits.fc.weight'
+        cfg['hidden_dim'] = shape_of(state, key, 2, _WHAT)[0]
         entries += linear(
             'pre_logits.fc', 'head.layers.pre_logits', cfg['hidden_dim'], dims
         )

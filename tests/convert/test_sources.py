@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def test_safetensors(tmp_path: Path) -> None:
 
 def test_safetensors_without_its_package(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / 'x.safetensors').write_bytes(b'0' * 64)
-    monkeypatch.setitem(__import__('sys').modules, 'safetensors', None)
+    for name in ('safetensors', 'safetensors.torch'):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConversionError, match='pip install safetensors'):
         read_source(tmp_path / 'x.safetensors')
 
