@@ -1,0 +1,94 @@
+"""Convert checkpoints of other code bases."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..convert import (
+    CONVERTERS,
+    ConversionError,
+    Hints,
+    read_source,
+    write_converted,
+)
+from ..convert.keys import pair
+from ..convert.results import NORMALIZATIONS, config_path
+from .common import quiet_warnings
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='convert_checkpoint.py',
+        description='Convert a checkpoint of another code base. Writes a '
+        'checkpoint and, beside it with the ending .py, the config of the '
+        'model. Code in the input is never run.',
+        epilog='Example: python tools/convert_checkpoint.py segmenter '
+        'seg_small_mask/checkpoint.pth checkpoints/seg_small.pth',
+    )
+    parser.add_argument(
+        'kind',
+        choices=CONVERTERS,
+        help="timm: ViT, DeiT or MAE classifiers with timm's names; "
+        'segmenter: the Segmenter repository (reads variant.yml beside the '
+        'input); pm-vit and pm-segmenter: released Prune-and-Merge models',
+    )
+    parser.add_argument('input', help='.pth, .npz or .safetensors file')
+    parser.add_argument('output', help='checkpoint to write, *.pth')
+    parser.add_argument(
+        '--num-heads',
+        type=int,
+        help='heads of the encoder, if the input does not say; defaults to '
+        '64 channels each',
+    )
+    parser.add_argument(
+        '--img-size',
+        type=int,
+        nargs='+',
+        metavar=('HEIGHT', 'WIDTH'),
+        help='image size of the position embedding; defaults to a square',
+    )
+    parser.add_argument(
+        '--normalization',
+        choices=NORMALIZATIONS,
+        help='pixel mean and std the model was trained with: 127.5 (vit) or '
+        "ImageNet's",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``tools/convert_checkpoint.py``."""
+    args = parse_args(argv)
+    quiet_warnings()
+    try:
+        if Path(args.output).suffix != '.pth':
+            raise ConversionError(
+                f'cannot write {args.output}: expected a name that ends in '
+                '.pth'
+            )
+        source = read_source(args.input)
+        for target in (Path(args.output), config_path(args.output)):
+            if target.exists() and target.samefile(args.input):
+                raise ConversionError(
+                    f'{target} is the input; choose another output'
+                )
+        hints = Hints.of(
+            source,
+            num_heads=args.num_heads,
+            img_size=args.img_size and pair(args.img_size),
+            normalization=args.normalization,
+            name=Path(args.input).name,
+        )
+        converted = CONVERTERS[args.kind](source.state, hints)
+        origin = f'{args.kind} {Path(args.input).name}'
+        config = write_converted(converted, args.output, origin)
+    except (ConversionError, OSError) as error:
+        raise SystemExit(f'Cannot convert {args.input}: {error}') from None
+    for note in converted.notes:
+        print(f'Note: {note}')
+    print(f'Wrote {args.output} and {config}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,104 @@
+"""What a conversion gives, and writing it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor
+
+from ..version import __version__
+from .sources import ConversionError
+
+#: Pixel mean and standard deviation, RGB.
+NORMALIZATIONS = {
+    'vit': ([127.5, 127.5, 127.5], [127.5, 127.5, 127.5]),
+    'imagenet': ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint and the config that loads it.
+
+    Attributes:
+        state_dict (dict[str, Tensor]): Weights of ``model``.
+        model (dict): Config of the model.
+        scope (str): Default scope, 'mmseg' or 'mmpretrain'.
+        dataset_meta (dict): Names of the classes, where known.
+        notes (list[str]): What a user should know.
+    """
+
+    state_dict: dict[str, Tensor]
+    model: dict[str, Any]
+    scope: str
+    dataset_meta: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """A self-contained config."""
+        return dict(
+            custom_imports=dict(imports=['pm_seg']),
+            default_scope=self.scope,
+            data_preprocessor=self.model['data_preprocessor'],
+            model=self.model,
+        )
+
+
+def config_path(out: str | Path) -> Path:
+    """Where the config of a checkpoint is written: its name with .py."""
+    return Path(out).with_suffix('.py')
+
+
+def write_converted(
+    converted: Converted, out: str | Path, origin: str
+) -> Path:
+    """Write checkpoint and config, both whole or neither.
+
+    Args:
+        converted (Converted): What to write.
+        out (str | Path): The checkpoint, ``*.pth``.
+        origin (str): Where it comes from, kept in both files.
+
+    Returns:
+        Path: The config.
+
+    Raises:
+        ConversionError: If ``out`` does not end in .pth.
+        OSError: If it cannot be written.
+    """
+    out = Path(out)
+    if out.suffix != '.pth':
+        raise ConversionError(
+            f'cannot write {out.name}: expected a name that ends in .pth'
+        )
+    cfg = Config(converted.config)
+    text = f'# Converted by pm_seg from {origin}.\n{cfg.pretty_text}'
+    meta: dict[str, Any] = dict(
+        cfg=text, converted_from=origin, pm_seg_version=__version__
+    )
+    if converted.dataset_meta:
+        meta['dataset_meta'] = converted.dataset_meta
+    targets = (config_path(out), out)
+    for target in targets:
+        if target.is_dir():
+            raise ConversionError(
+                f'{target} is a folder; choose another name to write to'
+            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partials = [path.with_name(f'{path.name}.partial') for path in targets]
+    try:
+        partials[0].write_text(text)
+        content = dict(state_dict=converted.state_dict, meta=meta)
+        torch.save(content, partials[1])
+        for partial, target in zip(partials, targets):
+            os.replace(partial, target)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+    return targets[0]

@@ -1,0 +1,298 @@
+"""Reading foreign checkpoints without running code from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from ..utils.checkpoints import read_checkpoint
+
+#: Where training scripts keep the weights among other things, first wins.
+_NESTED = ('state_dict', 'model', 'model_state_dict', 'sd')
+#: Prefixes that wrappers put before every key.
+_WRAPPERS = ('module.', '_orig_mod.')
+#: Archives of arrays may hold weights below this prefix, the rest beside it.
+_ARRAYS = 'sd/'
+#: Entries that describe a model and are no weights of it.
+_FACTS = (
+    'channels',
+    'img_size',
+    'keep',
+    'merge_list',
+    'merged_tokens',
+    'n_cls',
+    'num_heads',
+    'patch_size',
+    'prune',
+    'scores',
+)
+
+#: Lines around torch's reason for refusing a file.
+_TORCH_ADVICE = ('Weights only load failed', 'Please file', 'Check the')
+#: Reasons that mean that it holds more than data.
+_CODE = re.compile(
+    r'\bglobal\b|refusing|unrecognized function|unsupported class|Can only',
+    re.IGNORECASE,
+)
+
+
+class ConversionError(ValueError):
+    """Input that cannot be converted: what was got, expected, and a remedy."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as it was found.
+
+    Attributes:
+        state (dict[str, Tensor]): Weights by name, float32.
+        facts (dict[str, Tensor]): What else the file says about the model,
+            for example ``num_heads``, ``scores``, ``channels``.
+        variant (dict): ``variant.yml`` beside the file, else empty.
+        pretrained_cfg (dict): ``mean`` and ``std`` in timm's ``config.json``
+            beside the file, else empty.
+    """
+
+    state: dict[str, Tensor]
+    facts: dict[str, Tensor] = field(default_factory=dict)
+    variant: dict[str, Any] = field(default_factory=dict)
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+
+
+def read_source(path: str | Path) -> Source:
+    """Read a .pth, .npz or .safetensors file and what lies beside it.
+
+    Args:
+        path (str | Path): The checkpoint.
+
+    Returns:
+        Source: Its weights, in float32 on the CPU.
+
+    Raises:
+        ConversionError: If the file is missing, damaged, holds code or no
+            weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConversionError(
+            f'{path} is not a file; give the path of a checkpoint (.pth, '
+            '.npz or .safetensors)'
+        )
+    readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
+    content = readers.get(path.suffix.lower(), _read_torch)(path)
+    state, facts = split_content(content)
+    if not state:
+        found = ', '.join(map(str, list(content)[:8])) or 'nothing'
+        raise ConversionError(
+            f'{path.name} holds no weights: got {found}; expected tensors by '
+            f'name, or a dict of them below one of {_NESTED}'
+        )
+    return Source(
+        _to_float(state, path),
+        _to_tensors(facts, path),
+        _read_variant(path.with_name('variant.yml')),
+        _read_pretrained_cfg(path.with_name('config.json')),
+    )
+
+
+def split_content(
+    content: Mapping[str, Any],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tell weights from what describes them.
+
+    Weights may lie below one of ``_NESTED``, below ``sd/`` in archives of
+    arrays, or at the top; wrappers' prefixes are removed.
+    """
+    facts = {k: v for k, v in content.items() if k in _FACTS}
+    archived = {
+        key.removeprefix(_ARRAYS): value
+        for key, value in content.items()
+        if str(key).startswith(_ARRAYS)
+    }
+    nested = [
+        content[key]
+        for key in _NESTED
+        if isinstance(content.get(key), Mapping) and content[key]
+    ]
+    found = archived or (nested[0] if nested else content)
+    facts.update((k, v) for k, v in found.items() if k in _FACTS)
+    state = {
+        str(key): value
+        for key, value in found.items()
+        if isinstance(value, Tensor) and key not in _FACTS
+    }
+    for prefix in _WRAPPERS:
+        if state and all(key.startswith(prefix) for key in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state, facts
+
+
+def _to_float(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    converted = {}
+    for key, value in state.items():
+        if not value.is_floating_point():
+            value = value.clone()
+        else:
+            value = value.detach().float().contiguous()
+            if not torch.isfinite(value).all():
+                raise ConversionError(
+                    f'{path.name}: {key} contains NaN or inf; the file is '
+                    'damaged or its training diverged: use another one'
+                )
+        converted[key] = value
+    return converted
+
+
+def _to_tensors(facts: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    converted = {}
+    for key, value in facts.items():
+        if value is None:
+            continue
+        try:
+            converted[key] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConversionError(
+                f'{path.name}: entry {key} is a {type(value).__name__}, '
+                'expected a number or a list of them; remove it to do without'
+            ) from error
+    return converted
+
+
+def _damaged(path: Path, error: object) -> ConversionError:
+    return ConversionError(
+        f'{path.name} cannot be read ({error}); it is truncated, damaged or '
+        f'not a {path.suffix or "checkpoint"} file: download or copy it again'
+    )
+
+
+def _refused(path: Path, reason: str) -> ConversionError:
+    return ConversionError(
+        f'{path.name} is not a file of weights alone ({reason}); files that '
+        'hold more than data are refused because loading them can run code. '
+        'If you trust it, save its weights alone: '
+        "torch.save(model.state_dict(), 'weights.pth')"
+    )
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the checksums of a zip file, which torch does not."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    if not zipfile.is_zipfile(path):
+        raise _damaged(path, 'not a zip file')
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # damaged bytes raise about anything
+        if 'allow_pickle' in str(error):
+            raise _refused(path, 'pickled objects') from error
+        raise _damaged(path, error) from error
+    return {
+        key: torch.from_numpy(value)
+        for key, value in arrays.items()
+        if value.dtype.kind in 'fiub'  # no names, dates, ...
+    }
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ConversionError(
+            f'{path.name} needs the safetensors package to be read: pip '
+            'install safetensors'
+        ) from None
+    try:
+        return load_file(path)
+    except Exception as error:  # damaged bytes raise about anything
+        raise _damaged(path, error) from error
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    try:
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
+        # Training scripts of this field save their arguments; a namespace is
+        # a bag of attributes and its unpickling sets nothing else.
+        if hasattr(torch.serialization, 'add_safe_globals'):
+            torch.serialization.add_safe_globals([argparse.Namespace])
+        content = read_checkpoint(path)
+    except UnpicklingError as error:
+        # torch's own advice is to load unsafely: not passed on.
+        lines = [line.strip() for line in str(error).splitlines()]
+        lines = [x for x in lines if x and not x.startswith(_TORCH_ADVICE)]
+        reason = lines[0] if lines else 'not a pickle of weights'
+        make = _refused if _CODE.search(reason) else _damaged
+        raise make(path, reason) from error
+    except Exception as error:  # damaged bytes raise about anything
+        raise _damaged(path, str(error).split('\n')[0]) from error
+    if not isinstance(content, Mapping):
+        raise ConversionError(
+            f'{path.name} holds a {type(content).__name__}; expected a dict '
+            'of tensors by name'
+        )
+    return dict(content)
+
+
+class _VariantLoader(yaml.SafeLoader):
+    """Safe YAML and tuples, which the Segmenter repository writes."""
+
+
+_VariantLoader.add_constructor(
+    'tag:yaml.org,2002:python/tuple',
+    lambda loader, node: tuple(loader.construct_sequence(node)),
+)
+
+
+def _read_variant(path: Path) -> dict[str, Any]:
+    """The Segmenter repository's description of a run, if it is there.
+
+    Raises:
+        ConversionError: If it is not plain data.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.load(path.read_text(), _VariantLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConversionError(
+            f'{path.name} beside the checkpoint cannot be read as plain data '
+            f'({error}); restore it, or move it away to do without'
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _read_pretrained_cfg(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError):
+        return {}  # some other program's file
+    found = content.get('pretrained_cfg') if isinstance(content, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        key: value
+        for key, value in found.items()
+        if key in ('mean', 'std')
+        and isinstance(value, list)
+        and all(isinstance(number, (int, float)) for number in value)
+    }

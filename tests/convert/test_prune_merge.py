@@ -1,0 +1,208 @@
+"""Released Prune-and-Merge models: token maps come over whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from foreign import (
+    build_classifier,
+    build_segmentor,
+    close,
+    random_matrices,
+    random_segmenter,
+    random_vit,
+    run_segmenter,
+    run_vit,
+)
+from helpers import shared_path
+
+from pm_seg.convert import (
+    ConversionError,
+    Hints,
+    convert_pm_segmenter,
+    convert_pm_vit,
+    convert_timm,
+    read_source,
+)
+
+
+def random_pm_vit(distilled: bool = False) -> dict:
+    prefix = 1 + distilled
+    tokens = 16 + prefix
+    state = random_vit(grid=(4, 4), depth=3, distilled=distilled)
+    for layer, slots in ((0, 12), (2, 9)):
+        name = f'blocks.{layer}.attn'
+        state |= random_matrices([name], tokens, slots, 2, prefix)
+        state[f'{name}.bias'] = torch.randn(slots)
+    return state
+
+
+@pytest.mark.parametrize('distilled', [False, True])
+def test_trained_classifier(distilled: bool) -> None:
+    state = random_pm_vit(distilled)
+    converted = convert_pm_vit(state, Hints())
+    compression = converted.model['backbone']['compression']
+    prefix = 1 + distilled
+    assert compression['layers'] == [0, 2]
+    assert compression['num_groups'] == [12 - prefix, 9 - prefix]
+    assert compression['matrices'] == 'dense'
+    assert compression['prune'] == 2 / 16
+    image = torch.randn(2, 3, 32, 32)
+    expected = run_vit(state, image, heads=2)
+    model = build_classifier(converted.model, converted.state_dict)
+    close(model(image), expected)
+    plain = {
+        k: v
+        for k, v in state.items()
+        if not any(s in k for s in ('matrix', 'mask', 'attn.bias'))
+    }
+    assert (run_vit(plain, image, 2) - expected).abs().max() > 0.01
+    assert converted.state_dict.keys() > (
+        convert_timm(plain, Hints()).state_dict.keys()
+    )
+
+
+def test_trained_segmenter_with_merge_list() -> None:
+    state = random_segmenter(grid=(4, 4), depth=4)
+    state |= random_matrices(
+        ['encoder.blocks.1', 'encoder.blocks.3'], 17, 10, pruned=3
+    )
+    facts = dict(
+        merge_list=torch.tensor([1, 3]),
+        merged_tokens=torch.tensor([17, 10, 17, 10]),
+        scores=torch.rand(4, 16),
+        keep=torch.tensor(0.6),
+    )
+    converted = convert_pm_segmenter(state, Hints(facts=facts))
+    compression = converted.model['backbone']['compression']
+    assert compression['keep'] == pytest.approx(0.6)
+    assert compression['budget'] == 'layer'
+    stored = converted.state_dict['backbone.compressor.scores']
+    assert torch.equal(stored, facts['scores'])
+    image = torch.randn(2, 3, 32, 32)
+    model = build_segmentor(converted.model, converted.state_dict)
+    with torch.no_grad():
+        masks = model(image, mode='tensor')
+    close(masks, run_segmenter(state, image, heads=2))
+    assert model.backbone.compressor.num_groups == [16, 9, 16, 9]
+    assert model.backbone.compressor.num_pruned == [0, 3, 0, 3]
+
+    # Blocks outside the list run on all tokens, whatever is stored.
+    facts = dict(merge_list=torch.tensor([3]), scores=torch.rand(1, 16))
+    converted = convert_pm_segmenter(state, Hints(facts=facts))
+    kept = {k: v for k, v in state.items() if 'blocks.1.merge' not in k}
+    model = build_segmentor(converted.model, converted.state_dict)
+    with torch.no_grad():
+        masks = model(image, mode='tensor')
+    close(masks, run_segmenter(kept, image, heads=2))
+
+
+def no_entry(name: str):
+    def change(state: dict, facts: dict) -> None:
+        del state[f'blocks.2.attn.{name}']
+
+    return change
+
+
+def fact(**values):
+    def change(state: dict, facts: dict) -> None:
+        facts.update({k: torch.tensor(v) for k, v in values.items()})
+
+    return change
+
+
+def entry(name: str, value: torch.Tensor):
+    def change(state: dict, facts: dict) -> None:
+        state[f'blocks.2.attn.{name}'] = value
+
+    return change
+
+
+def not_compressed(state: dict, facts: dict) -> None:
+    for key in [k for k in state if 'matrix' in k or 'mask' in k]:
+        del state[key]
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (no_entry('token_mask'), 'block 2 has no token_mask'),
+        (no_entry('recover_matrix'), 'block 2 has no recover_matrix'),
+        (entry('merge_matrix', torch.ones(9, 5)), 'expected merge_matrix'),
+        (entry('token_mask', torch.full((17,), 0.5)), 'other than 0 and 1'),
+        (entry('token_mask', torch.zeros(17)), 'a pruned prefix token'),
+        (
+            entry('token_mask', torch.eye(17)[0]),
+            'has 8 groups but only 0 tokens',
+        ),
+        (fact(channels=[12, 17, 8]), 'merge matrices are for'),
+        (fact(merge_list=[0, 1, 2]), 'merge_list names'),
+        (fact(scores=[[1.0, 2.0]]), r'scores have shape \(1, 2\)'),
+        (fact(scores=[[-1.0] * 16] * 3), 'scores must be >= 0'),
+        (fact(keep=1.5), 'keep=1.5 is not in'),
+        (not_compressed, 'this checkpoint is not compressed'),
+    ],
+)
+def test_contradictions(change, message: str) -> None:
+    state, facts = random_pm_vit(), {}
+    change(state, facts)
+    with pytest.raises(ConversionError, match=message):
+        convert_pm_vit(state, Hints(facts=facts))
+
+
+def test_counts_of_all_or_of_compressed_blocks() -> None:
+    for counts in ([12, 17, 9], [12, 9]):
+        facts = dict(channels=torch.tensor(counts))
+        convert_pm_vit(random_pm_vit(), Hints(facts=facts))
+
+
+@pytest.fixture(scope='module')
+def vit() -> dict:
+    return golden('pm_vit_keep0.6_prune0.1')
+
+
+def golden(name: str) -> dict:
+    with np.load(shared_path(f'golden/{name}.npz')) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def test_golden_classifier(vit: dict) -> None:
+    source = read_source(shared_path('golden/pm_vit_keep0.6_prune0.1.npz'))
+    converted = convert_pm_vit(source.state, Hints.of(source))
+    model = build_classifier(converted.model, converted.state_dict)
+    close(model(vit['image']), vit['logits'])
+    state = converted.state_dict
+    assert torch.equal(state['backbone.compressor.scores'], vit['scores'])
+
+
+def test_golden_classifier_trained(vit: dict, tmp_path) -> None:
+    """As a training run saves it: nested, with matrices of its own."""
+    state = {k[3:]: v for k, v in vit.items() if k.startswith('sd/')}
+    for layer in range(12):
+        for old in ('merge', 'recover'):
+            name = f'blocks.{layer}.attn.{old}_matrix'
+            state[name] = vit[f'trained/{layer}/{old}']
+    content = dict(
+        model=state, channels=vit['channels'].tolist(), num_heads=1, epoch=3
+    )
+    torch.save(content, tmp_path / 'trained.pth')
+    source = read_source(tmp_path / 'trained.pth')
+    converted = convert_pm_vit(source.state, Hints.of(source))
+    model = build_classifier(converted.model, converted.state_dict)
+    close(model(vit['image']), vit['logits_trained'], 1e-3)
+    compression = converted.model['backbone']['compression']
+    groups = converted.state_dict['backbone.compressor.group']
+    assert (groups.amax(1) + 1).tolist() == compression['num_groups']
+
+
+def test_golden_segmenter() -> None:
+    file = golden('pm_segmenter_keep0.7')
+    source = read_source(shared_path('golden/pm_segmenter_keep0.7.npz'))
+    converted = convert_pm_segmenter(source.state, Hints.of(source))
+    model = build_segmentor(converted.model, converted.state_dict)
+    with torch.no_grad():
+        masks = model(file['image'], mode='tensor')
+    size = file['image'].shape[2:]
+    close(F.interpolate(masks, size=size, mode='bilinear'), file['masks'])
