@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
-from ..engine.compression import compress, needs_data
+from ..engine.compression import calibration_loader, compress, needs_data
 from ..engine.report import describe
 from ..engine.scoring import require_compressible
 from ..engine.targets import TARGETS, check_target
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
 
         keep = compress(
             model,
-            cfg.train_dataloader,
+            calibration_loader(cfg),
             args.score_iters or hook.get('score_iters', 50),
             hook.get('reduction', 'image'),
             hook.get('seed', 0),

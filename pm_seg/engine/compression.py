@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
 
+from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor
@@ -127,6 +128,22 @@ def _batches(
                 'the data loader yields no batch; is its dataset empty, or '
                 'was its infinite sampler used before?'
             )
+
+
+def calibration_loader(cfg: Config) -> dict:
+    """Config of the loader to score and calibrate on.
+
+    The training loader, with the transforms of ``cfg.calib_pipeline`` if
+    there is one: structures and detail paths suit test images better when
+    they are found on images like those, not on distorted crops.
+    """
+    loader = copy.deepcopy(cfg.train_dataloader)
+    if cfg.get('calib_pipeline'):
+        dataset = loader['dataset']
+        while 'dataset' in dataset:
+            dataset = dataset['dataset']
+        dataset['pipeline'] = copy.deepcopy(cfg.calib_pipeline)
+    return loader
 
 
 def needs_data(model: BaseModel) -> bool:

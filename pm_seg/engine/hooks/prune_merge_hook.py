@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 from ...models.distillation import DistillationMixin
 from ...registry import register
-from ..compression import compress
+from ..compression import calibration_loader, compress
 from ..report import describe
 from ..scoring import require_compressible, uncompressed
 from ..targets import check_target
@@ -26,6 +26,9 @@ class PruneMergeHook(Hook):
     module, loads the teacher if the model distils, and lets training go on. A
     model that has its structure already, because a compressed checkpoint was
     loaded or the run resumed, keeps it.
+
+    Images come from the training loader, through ``calib_pipeline`` if the
+    config has one, else through its own transforms.
 
     Scoring changes no weight and no random state: what follows is the same
     run with or without it.
@@ -110,7 +113,7 @@ class PruneMergeHook(Hook):
         # A loader of its own, so that training sees its batches unshifted.
         keep = compress(
             model,
-            runner._train_dataloader,
+            calibration_loader(runner.cfg),
             self.score_iters,
             self.reduction,
             self.seed,
