@@ -27,10 +27,16 @@ from .structure import (
     group_weights,
     normalise_scores,
 )
-from .token_map import DenseTokenMap, TokenMap, check_restore_mode
+from .token_map import (
+    DenseTokenMap,
+    SimilarityMap,
+    TokenMap,
+    check_restore_mode,
+)
 
 MATRICES = ('sparse', 'dense')
-AnyTokenMap = TokenMap | DenseTokenMap
+AnyTokenMap = TokenMap | DenseTokenMap | SimilarityMap
+MATCHING = 'matching'
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,11 @@ class TokenCompressor(Compressor):
             Defaults to 0 (the paper's Segmenter; 0.1 in its classifiers).
         layers (Sequence[int], optional): Layers to compress. Defaults to
             all.
-        builder (str): 'row_window' (the release) or 'nearest_centre'
-            (Voronoi groups in 2-D). Defaults to 'nearest_centre'.
+        builder (str): 'row_window' (the release), 'nearest_centre' (Voronoi
+            groups in 2-D), or 'matching': groups of similar tokens, found
+            anew in each image by bipartite matching, without scores or
+            trainable merge and restore weights. Defaults to
+            'nearest_centre'.
         centres (str, optional): 'score' (the paper) or 'spread', see
             :func:`~pm_seg.core.centres.select_centres`. Defaults to 'score'
             for 'row_window' and 'spread' for 'nearest_centre'.
@@ -174,7 +183,7 @@ class TokenCompressor(Compressor):
         check_rates(keep, prune)
         super().__init__(depth, grid, num_prefix, keep, dims, layer_cost)
         for name, value, allowed in (
-            ('builder', builder, tuple(BUILDERS)),
+            ('builder', builder, (*BUILDERS, MATCHING)),
             ('centres', centres, (None, *CENTRES)),
             ('budget', budget, (None, *BUDGETS)),
             ('weights', weights, (None, *WEIGHTS)),
@@ -188,6 +197,15 @@ class TokenCompressor(Compressor):
         self.layers = self._check_layers(layers)
         self.spans = self._make_spans(span)
         self.builder = builder
+        self.uses_scores = builder != MATCHING
+        if builder == MATCHING and (
+            restore != 'residual' or matrices != 'sparse' or prune
+        ):
+            raise ValueError(
+                "builder='matching' works with restore='residual', "
+                f"matrices='sparse' and prune=0 only, got restore={restore!r}"
+                f', matrices={matrices!r}, prune={prune}'
+            )
         self.centres = centres or (
             'spread' if builder == 'nearest_centre' else 'score'
         )
@@ -230,6 +248,9 @@ class TokenCompressor(Compressor):
                 self.restore_matrix[key] = torch.zeros(tokens, slots)
         for parameter in self.parameters():
             parameter.requires_grad_(trainable)
+        if not self.uses_scores:
+            self.merge_weight.requires_grad_(False)
+            self.restore_weight.requires_grad_(False)
         self._refresh()
 
     def _check_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -312,12 +333,13 @@ class TokenCompressor(Compressor):
     def map_macs(self) -> int:
         """Multiply-accumulates of merging and restoring, per layer."""
         tokens = self.num_prefix + self.num_tokens
-        return tokens * (2 + 2 * self.detail) * self.dims
+        compared = 0 if self.uses_scores else (self.num_tokens // 2) ** 2
+        return (tokens * (2 + 2 * self.detail) + compared) * self.dims
 
     @property
     def has_scores(self) -> bool:
-        """Whether scores were stored or loaded."""
-        return bool((self.scores > 0).any())
+        """Whether scores were stored or loaded, or none are needed."""
+        return not self.uses_scores or bool((self.scores > 0).any())
 
     @property
     def has_losses(self) -> bool:
@@ -411,7 +433,14 @@ class TokenCompressor(Compressor):
             self.budget is None and self.has_losses
         )
         rule = self.budget if self.budget == 'global' else 'layer'
-        centres, live = count_tokens(scores, self.keep, self.prune, rule)
+        if self.uses_scores:
+            centres, live = count_tokens(scores, self.keep, self.prune, rule)
+        else:
+            flat = max(int(self.num_tokens * self.keep), 1)
+            centres, live = (
+                [flat] * len(scores),
+                [self.num_tokens] * len(scores),
+            )
         if self.given_groups is not None:
             centres = list(self.given_groups)
         elif by_loss:
@@ -527,7 +556,7 @@ class TokenCompressor(Compressor):
     ) -> LayerOutputs:
         collected = {}
         for stage in self.stages(grid):
-            token_map = stage.token_map
+            token_map = stage.token_map and stage.token_map.bind(x)
             start = x
             merged = x = x if token_map is None else token_map.merge(x)
             for layer in stage.layers:
@@ -579,7 +608,15 @@ class TokenCompressor(Compressor):
             layers, token_map = spans.get(layer, (layer,)), None
             if layer in spans and self.matrices == 'dense':
                 token_map = self._dense_map(layer, grid)
-            elif layer in spans and layout.num_groups[layer] < patches:
+            elif layer in spans and layout.num_groups[layer] == patches:
+                pass
+            elif layer in spans and not self.uses_scores:
+                token_map = SimilarityMap(
+                    self.num_prefix,
+                    layout.num_groups[layer],
+                    self._detail(layer),
+                )
+            elif layer in spans:
                 token_map = self._sparse_map(layout, layer, merge, restore)
             stages.append(Stage(layers, token_map))
             layer = layers[-1] + 1
@@ -612,10 +649,13 @@ class TokenCompressor(Compressor):
             restore_weight=restore[layer],
             live=layout.live[layer] if layout.any_pruned[layer] else None,
             mode=self.mode,
-            detail=(self.detail_down[layer], self.detail_up[layer])
-            if self.detail
-            else None,
+            detail=self._detail(layer),
         )
+
+    def _detail(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        if not self.detail:
+            return None
+        return self.detail_down[layer], self.detail_up[layer]
 
     def _dense_map(self, layer: int, grid: Grid) -> DenseTokenMap:
         """Trained matrices; on another grid, seen through resizing.
@@ -661,6 +701,8 @@ class TokenCompressor(Compressor):
 
     def _normalised(self, scores: Tensor) -> Tensor:
         """Scores that each token map is made of, (token maps, N)."""
+        if not self.uses_scores:
+            return scores[[layers[0] for layers in self.spans]]
         rows = normalise_scores(
             scores[list(self.layers)], self.decay, self.layers
         )
@@ -675,6 +717,12 @@ class TokenCompressor(Compressor):
         grid: Grid,
     ) -> Tensor:
         """Groups of all layers from the scores of the token maps."""
+        total = grid[0] * grid[1]
+        if not self.uses_scores:  # only their number means something
+            group = torch.arange(total).repeat(self.depth, 1)
+            for count, layers in zip(centres, self.spans):
+                group[list(layers)] %= count
+            return group
         alive = torch.stack([top_mask(row, n) for row, n in zip(scores, live)])
         chosen = select_centres(
             scores,
@@ -686,7 +734,7 @@ class TokenCompressor(Compressor):
             self.seed,
             self.rotate,
         )
-        group = torch.arange(grid[0] * grid[1]).repeat(self.depth, 1)
+        group = torch.arange(total).repeat(self.depth, 1)
         for row, layers in enumerate(self.spans):
             group[list(layers)] = build_groups(
                 chosen[row], alive[row], grid, self.builder
@@ -704,7 +752,8 @@ class TokenCompressor(Compressor):
         device = self.group.device
         group, scores = self.group.cpu(), self.scores.float().cpu()
         if grid != self.grid:
-            if not (scores[list(self.layers)] > 0).any(1).all():
+            known = (scores[list(self.layers)] > 0).any(1).all()
+            if self.uses_scores and not known:
                 raise RuntimeError(
                     f'no token map for a {grid[0]}x{grid[1]} grid can be '
                     f'derived from the {self.grid[0]}x{self.grid[1]} one: '

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .compressor import TokenCompressor
-from .token_map import TokenMap
+from .token_map import BoundSimilarityMap, TokenMap
 
 
 class DetailFitter:
@@ -49,6 +49,7 @@ class DetailFitter:
         layers: Sequence[nn.Module],
         ridge: float = 0.01,
     ) -> None:
+        compressor.reset_detail()
         self.compressor = compressor
         self.layers = layers
         self.ridge = ridge
@@ -105,21 +106,21 @@ class DetailFitter:
         if self._muted:
             return
         stage, x = self.stages[index], self._inputs.pop(index)
-        token_map: TokenMap = stage.token_map
+        token_map = stage.token_map.bind(x)
         merged = updated = token_map.merge(x)
         with self._mute():
             for layer in stage.layers:
                 updated = self.layers[layer](updated)
-        slot = token_map.slot
-        weight = token_map.restore_weight.unsqueeze(-1)
-        update = weight * (updated - merged).index_select(1, slot)
-        known = x - merged.index_select(1, slot)
+        update = token_map.restore(x, merged, updated) - x
+        known = x - token_map.spread(merged)
         wanted = out - x - update
         known, wanted = (self._patches(t, token_map) for t in (known, wanted))
         self.gram[index] += (known.T @ known).double().cpu()
         self.cross[index] += (known.T @ wanted).double().cpu()
 
-    def _patches(self, x: Tensor, token_map: TokenMap) -> Tensor:
+    def _patches(
+        self, x: Tensor, token_map: TokenMap | BoundSimilarityMap
+    ) -> Tensor:
         """Merged patch tokens of all images, (tokens, C)."""
         prefix = self.compressor.num_prefix
         x = x[:, prefix:]

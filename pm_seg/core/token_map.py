@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .matching import match_down, pool
 from .segments import Segments, segment_gather, segment_sum
 
 RESTORE_MODES = ('replace', 'residual')
@@ -50,6 +51,23 @@ def _check_tokens(x: Tensor, expected: int, what: str) -> None:
             f'{what} expects (B, {expected}, C), got {tuple(x.shape)}; '
             'a token map fits one grid and one number of prefix tokens only'
         )
+
+
+def _detailed(
+    detail: tuple[Tensor, Tensor] | None,
+    x: Tensor,
+    update: Tensor,
+    z: Tensor,
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The detail path, split into a part of groups and one of tokens."""
+    if detail is None:
+        return update, None
+    down, up = (matrix.to(x.dtype) for matrix in detail)
+    hidden = x @ down
+    if live is not None:
+        hidden = hidden * live.unsqueeze(-1)
+    return update - z @ down @ up, hidden @ up
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,10 @@ class TokenMap:
     live: Tensor | None = None
     mode: str = 'residual'
     detail: tuple[Tensor, Tensor] | None = None
+
+    def bind(self, x: Tensor) -> TokenMap:
+        """The map for these tokens, (B, P+N, C): it is the same for all."""
+        return self
 
     @property
     def slot(self) -> Tensor:
@@ -123,15 +145,13 @@ class TokenMap:
             if self.live is None:
                 return restored
             return torch.where(self.live.unsqueeze(-1), restored, x)
-        update = y - z
-        if self.detail is not None:
-            down, up = (matrix.to(x.dtype) for matrix in self.detail)
-            update = update - z @ down @ up
-            hidden = x @ down
-            if self.live is not None:
-                hidden = hidden * self.live.unsqueeze(-1)
-            x = x + hidden @ up
-        return x + segment_gather(update, self.restore_weight, self.segments)
+        update, extra = _detailed(self.detail, x, y - z, z, self.live)
+        restored = segment_gather(update, self.restore_weight, self.segments)
+        return x + restored if extra is None else x + extra + restored
+
+    def spread(self, z: Tensor) -> Tensor:
+        """What each token's group holds, (B, P+K, C) -> (B, P+N, C)."""
+        return z.index_select(1, self.slot)
 
     def to_dense(self) -> DenseTokenMap:
         """The same map as a pair of matrices, without the detail path.
@@ -172,6 +192,10 @@ class DenseTokenMap:
     live: Tensor
     mode: str = 'replace'
 
+    def bind(self, x: Tensor) -> DenseTokenMap:
+        """See :meth:`TokenMap.bind`."""
+        return self
+
     @property
     def num_slots(self) -> int:
         """P+K."""
@@ -191,3 +215,61 @@ class DenseTokenMap:
             return matrix @ y + (x - matrix @ z)
         shortcut = (~self.live).to(x.dtype).unsqueeze(-1)
         return matrix @ y + shortcut * x
+
+
+@dataclass(frozen=True)
+class SimilarityMap:
+    """Groups of similar tokens, found anew in every image.
+
+    Attributes:
+        num_prefix (int): P.
+        count (int): K, groups of each image.
+        detail (tuple[Tensor, Tensor], optional): See :class:`TokenMap`.
+    """
+
+    num_prefix: int
+    count: int
+    detail: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """P+K."""
+        return self.num_prefix + self.count
+
+    def bind(self, x: Tensor) -> BoundSimilarityMap:
+        """Match the tokens of each image, (B, P+N, C)."""
+        position = match_down(x[:, self.num_prefix :], self.count)
+        return BoundSimilarityMap(self, position)
+
+
+@dataclass(frozen=True)
+class BoundSimilarityMap:
+    """A :class:`SimilarityMap` for given images; residual restore.
+
+    Attributes:
+        spec (SimilarityMap): What it was made from.
+        position (Tensor): Group of each patch token, int64, (B, N).
+    """
+
+    spec: SimilarityMap
+    position: Tensor
+    live: None = None
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Mean of each group, (B, P+N, C) -> (B, P+K, C)."""
+        prefix, body = x.tensor_split([self.spec.num_prefix], dim=1)
+        size = body.new_ones(*body.shape[:2], 1)
+        body, _ = pool(body, size, self.position, self.spec.count)
+        return torch.cat([prefix, body.to(prefix.dtype)], dim=1)
+
+    def spread(self, z: Tensor) -> Tensor:
+        """What each token's group holds, (B, P+K, C) -> (B, P+N, C)."""
+        prefix, body = z.tensor_split([self.spec.num_prefix], dim=1)
+        index = self.position.unsqueeze(-1).expand(-1, -1, z.shape[2])
+        return torch.cat([prefix, body.gather(1, index)], dim=1)
+
+    def restore(self, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
+        """See :meth:`TokenMap.restore`."""
+        update, extra = _detailed(self.spec.detail, x, y - z, z)
+        restored = self.spread(update)
+        return x + restored if extra is None else x + extra + restored

@@ -15,9 +15,9 @@ from ..core.detail import DetailFitter
 from ..models.compressible import CompressibleMixin
 from ..models.distillation import soft_target_loss
 from .scoring import (
+    calibrated_modules,
     compressible_modules,
     evaluating,
-    scored_modules,
     uncompressed,
 )
 
@@ -58,7 +58,7 @@ def measure_losses(
     """
     modules = {
         name: module
-        for name, module in scored_modules(model).items()
+        for name, module in calibrated_modules(model).items()
         if module.compressor.wants_losses
     }
     total = len(LEVELS) * sum(
@@ -110,7 +110,7 @@ def fit_details(model: BaseModel, inputs: Sequence[Tensor]) -> None:
         inputs (Sequence[Tensor]): Batches of preprocessed images.
     """
     modules = [
-        m for m in scored_modules(model).values() if m.compressor.detail
+        m for m in calibrated_modules(model).values() if m.compressor.detail
     ]
     with (
         torch.no_grad(),

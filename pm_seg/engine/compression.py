@@ -18,6 +18,7 @@ from .calibration import (
     measure_losses,
 )
 from .scoring import (
+    calibrated_modules,
     gather_scores,
     isolated_rng,
     require_compressible,
@@ -79,8 +80,9 @@ def compress(
         return progress and (lambda *steps: progress(title, *steps))
 
     with isolated_rng(seed):
-        scored = [m.compressor for m in scored_modules(model).values()]
-        if not all(compressor.has_scores for compressor in scored):
+        modules = calibrated_modules(model)
+        compressors = [module.compressor for module in modules.values()]
+        if not all(compressor.has_scores for compressor in compressors):
             scoring = report('Scoring batches')
             scores = gather_scores(
                 model,
@@ -95,9 +97,8 @@ def compress(
         if needs_data(model):
             batches = _batches(dataloader, calib_batches, seed)
             inputs = calibration_inputs(model, batches)
-        if any(compressor.wants_losses for compressor in scored):
+        if any(compressor.wants_losses for compressor in compressors):
             losses = measure_losses(model, inputs, report('Measuring layers'))
-            modules = scored_modules(model)
             for name, measured in losses.items():
                 modules[name].compressor.store(losses=measured)
         keep = None
@@ -152,7 +153,7 @@ def needs_data(model: BaseModel) -> bool:
         not module.compressor.has_scores
         or module.compressor.wants_losses
         or module.compressor.detail
-        for module in scored_modules(model).values()
+        for module in calibrated_modules(model).values()
     )
 
 

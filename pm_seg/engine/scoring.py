@@ -13,7 +13,7 @@ from mmengine.dist import all_reduce, broadcast
 from mmengine.model import BaseModel, is_model_wrapper
 from torch import Tensor, nn
 
-from ..core import ScoreRecorder
+from ..core import ScoreRecorder, TokenCompressor
 from ..models.compressible import CompressibleMixin
 from ..models.distillation import DistillationMixin
 
@@ -35,6 +35,15 @@ def scored_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
         name: module
         for name, module in compressible_modules(model).items()
         if module.compressor.uses_scores
+    }
+
+
+def calibrated_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
+    """Compressible modules with measured budgets and detail paths."""
+    return {
+        name: module
+        for name, module in compressible_modules(model).items()
+        if isinstance(module.compressor, TokenCompressor)
     }
 
 

@@ -265,3 +265,64 @@ def test_bad_scores_and_groups() -> None:
     fixed = compressor(scores=False, num_groups=[3, 3, 3])
     with pytest.raises(ValueError, match='num_groups says'):
         fixed.set_groups(torch.arange(24).repeat(3, 1))
+
+
+class Block(torch.nn.Module):
+    """A block that mixes tokens a little."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.tanh() + 0.1 * x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize('keep', [0.8, 0.5, 0.2])
+def test_matching_groups_similar_tokens_of_each_image(keep: float) -> None:
+    module = compressor(
+        scores=False, builder='matching', keep=keep, dims=4, detail=2
+    )
+    assert module.has_scores and not module.has_structure
+    module.build()
+    count = int(24 * keep)
+    assert module.num_groups == [count] * 3
+    assert not module.merge_weight.requires_grad
+    x = torch.randn(2, 25, 4)
+    for stage in module.stages(GRID):
+        bound = stage.token_map.bind(x)
+        for row in bound.position:
+            assert row.unique().tolist() == list(range(count))
+        z = bound.merge(x)
+        assert z.shape == (2, count + 1, 4)
+        torch.testing.assert_close(bound.restore(x, z, z), x)
+        for image, row in enumerate(bound.position):
+            mean = x[image, 1:][row == 0].mean(0)
+            torch.testing.assert_close(z[image, 1], mean)
+    layers = [Block() for _ in range(3)]
+    whole = module.run(layers, x, GRID)[0]
+    for image in range(2):
+        alone = module.run(layers, x[image : image + 1], GRID)[0]
+        torch.testing.assert_close(alone, whole[image : image + 1])
+    other = module.run(layers, torch.randn(1, 41, 4), (5, 8))[0]
+    assert other.shape == (1, 41, 4)
+    again = compressor(
+        scores=False, builder='matching', keep=0.9, dims=4, detail=2
+    )
+    again.load_state_dict(module.state_dict())
+    torch.testing.assert_close(again.run(layers, x, GRID)[0], whole)
+
+
+def test_matching_loses_nothing_where_tokens_are_equal() -> None:
+    module = compressor(scores=False, builder='matching', keep=0.5)
+    module.build()
+    x = torch.randn(1, 12, 4).repeat_interleave(2, 1)
+    x = torch.cat([torch.randn(1, 1, 4), x], 1)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return x + x.sin()
+
+    out = module.run([block] * 3, x, GRID)[0]
+    expected = block(block(block(x)))
+    torch.testing.assert_close(out, expected)
+
+
+def test_matching_has_a_form_of_its_own() -> None:
+    with pytest.raises(ValueError, match="builder='matching' works with"):
+        compressor(scores=False, builder='matching', restore='replace')

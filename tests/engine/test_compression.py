@@ -126,3 +126,15 @@ def test_the_whole_model_compiles(options: dict) -> None:
         with torch.autocast('cpu', torch.bfloat16):
             mixed = compiled(images)
     assert (mixed - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_matching_is_calibrated_without_scores() -> None:
+    model, titles = build(builder='matching'), set()
+    compress(model, BATCHES, 2, progress=lambda title, *_: titles.add(title))
+    assert titles == {'Measuring layers'}
+    compressor = model.backbone.compressor
+    assert compressor.detail_up.abs().sum() > 0
+    assert compressor.has_losses
+    loss = model(torch.randn(2, 3, 64, 64), mode='tensor').square().sum()
+    loss.backward()
+    assert compressor.detail_down.grad.abs().sum() > 0
