@@ -16,32 +16,6 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='PackInputs'),
 ]
-# Of the shorter edge 0.9 are seen, as in the training of vit-tiny.py.
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(
-        type='ResizeEdge',
-        scale=248,
-        edge='short',
-        backend='pillow',
-        interpolation='bicubic',
-    ),
-    dict(type='CenterCrop', crop_size=224),
-    dict(type='PackInputs'),
-]
-tta_pipeline = [
-    *test_pipeline[:-1],
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            [
-                dict(type='RandomFlip', prob=0.0, direction='horizontal'),
-                dict(type='RandomFlip', prob=1.0, direction='horizontal'),
-            ],
-            [dict(type='PackInputs')],
-        ],
-    ),
-]
 train_dataloader = dict(
     batch_size=20,
     num_workers=2,
@@ -59,7 +33,6 @@ val_dataloader = dict(
         data_root=data_root,
         split='',
         ann_file='labels.txt',
-        pipeline=test_pipeline,
     ),
 )
 test_dataloader = val_dataloader
