@@ -21,5 +21,6 @@ if find_spec('mmseg') is not None:
         allow_training_state()
         if find_spec('mmpretrain') is not None:
             from .models import classifiers  # noqa: F401
+            from .models.backbones import pretrain_vit  # noqa: F401
 
 __all__ = ['__version__']

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlparse
 
 import mmseg
 import pytest
 import torch
 from helpers import ROOT
 from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
@@ -17,7 +20,9 @@ CONFIGS = sorted(
     for path in (ROOT / 'configs').rglob('*.py')
     if '_base_' not in path.parts
 )
-HUGE = ('vit-b', 'vit-l')
+CLASSIFIERS = [n for n in CONFIGS if n.startswith('classification/')]
+SEGMENTERS = [n for n in CONFIGS if n not in CLASSIFIERS]
+HUGE = ('vit-b', 'vit-l', 'deit-b')
 
 
 def read(name: str) -> Config:
@@ -30,6 +35,11 @@ def test_the_promised_configs_are_there() -> None:
         assert f'segmenter_vit-{size}_pm_ade20k.py' in CONFIGS
     assert 'segmenter_vit-t_camvid.py' in CONFIGS
     assert 'segmenter_vit-t_pm_camvid.py' in CONFIGS
+    for name in ('deit-tiny', 'deit-small', 'deit-base', 'vit-base-mae'):
+        assert f'classification/{name}_pm_in1k.py' in CONFIGS
+    for data in ('cifar10', 'in1k_samples'):
+        assert f'classification/vit-tiny_{data}.py' in CONFIGS
+        assert f'classification/vit-tiny_pm_{data}.py' in CONFIGS
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -48,6 +58,9 @@ def test_builds_and_runs_huge(name: str) -> None:
 
 
 def build_and_run(name: str) -> None:
+    if name in CLASSIFIERS:
+        build_and_classify(name)
+        return
     cfg = read(name)
     init_default_scope(cfg.default_scope)
     cfg.model.pretrained = None
@@ -76,7 +89,26 @@ def build_and_run(name: str) -> None:
         assert tuple(model.test_cfg.crop_size) == tuple(size)
 
 
-@pytest.mark.parametrize('name', [n for n in CONFIGS if '_pm_' in n])
+def build_and_classify(name: str) -> None:
+    pytest.importorskip('mmpretrain')
+    cfg = read(name)
+    assert cfg.default_scope == 'mmpretrain'
+    init_default_scope(cfg.default_scope)
+    model = ROOT_MODELS.build(cfg.model).eval()
+    compressor = model.backbone.compressor
+    assert (compressor is not None) == ('_pm_' in name)
+    if compressor:
+        compressor.set_scores(torch.rand_like(compressor.scores) + 0.1)
+    with torch.no_grad():
+        out = model(torch.zeros(1, 3, 224, 224))
+    assert out.shape == (1, cfg.model.head.num_classes)
+    for split in ('train', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        Compose(dataset.pipeline)  # every transform is registered
+        assert dataset.data_root == cfg.data_root, 'one place to change it'
+
+
+@pytest.mark.parametrize('name', [n for n in SEGMENTERS if '_pm_' in n])
 def test_pm_configs_differ_from_their_dense_twin_in_compression(name) -> None:
     pm, dense = read(name).model, read(name.replace('_pm_', '_')).model
     assert pm.backbone.pop('compression') and 'compression' not in dense
@@ -87,6 +119,57 @@ def test_pm_configs_differ_from_their_dense_twin_in_compression(name) -> None:
     if 'demo' not in name:
         assert teacher == dict(alpha=1.0, tau=20.0), 'the paper'
     assert pm == dense
+
+
+@pytest.mark.parametrize(
+    'name', [n for n in CLASSIFIERS if 'vit-tiny_pm' in n]
+)
+def test_pm_classifiers_differ_from_their_dense_twin(name: str) -> None:
+    pm, dense = read(name), read(name.replace('_pm_', '_'))
+    assert pm.model.backbone.pop('compression')
+    assert pm.model.pop('teacher') == dict(alpha=1.0, tau=1.0)
+    assert pm.model.pop('type') == 'Distilled' + dense.model.pop('type')
+    dense.model.backbone.pop('init_cfg', None)
+    assert pm.model == dense.model
+    assert pm.train_dataloader == dense.train_dataloader
+    assert pm.test_dataloader == dense.test_dataloader
+
+
+@pytest.mark.parametrize('name', [n for n in CLASSIFIERS if '_in1k.py' in n])
+def test_classifiers_are_those_of_mmpretrain(name: str) -> None:
+    """Architecture, pre-processing and checkpoint; keep as in the paper."""
+    mmpretrain = pytest.importorskip('mmpretrain')
+    kind = Path(name).name.removesuffix('_pm_in1k.py')
+    stock_name = {
+        'deit-tiny': 'deit/deit-tiny_4xb256',
+        'deit-small': 'deit/deit-small_4xb256',
+        'deit-base': 'deit/deit-base_16xb64',
+        'vit-base-mae': 'mae/benchmarks/vit-base-p16_8xb128-coslr-100e',
+    }[kind] + '_in1k.py'
+    folder = Path(mmpretrain.__path__[0]) / '.mim' / 'configs'
+    if not (folder / stock_name).is_file():
+        pytest.skip('this mmpretrain ships other configs')
+    ours, stock = read(name), Config.fromfile(folder / stock_name)
+    metafile = folder / stock_name.split('/')[0] / 'metafile.yml'
+    assert urlparse(ours.load_from).path in metafile.read_text()
+    a, b = ours.model, stock.model
+    small = 'tiny' in name or 'small' in name
+    assert a.backbone.pop('compression').keep == (0.7 if small else 0.6)
+    assert a.backbone.pop('type') == 'PM' + b.backbone.pop('type')
+    a.backbone.setdefault('drop_path_rate', 0.0)
+    b.backbone.setdefault('drop_path_rate', 0.0)
+    b.backbone.pop('init_cfg', None)
+    assert a.backbone == b.backbone
+    for key in ('type', 'num_classes', 'in_channels'):
+        assert a.head[key] == b.head[key]
+    for key in ('mean', 'std', 'to_rgb'):
+        assert a.data_preprocessor[key] == stock.data_preprocessor[key]
+    steps = ours.test_dataloader.dataset.pipeline
+    assert steps == stock.test_dataloader.dataset.pipeline
+    assert ours.optim_wrapper.optimizer.lr == 1e-4
+    assert ours.train_cfg.max_epochs == 30
+    batch = ours.train_dataloader.batch_size * 8
+    assert batch == ours.auto_scale_lr.base_batch_size
 
 
 @pytest.mark.parametrize('size', 'tsbl')

@@ -28,6 +28,12 @@ _DATASET_HELP = {
         'CamVid: put images/{train,val,test} and annotations/'
         '{train,val,test} (class indices 0-10, 255 ignored) in the data root.'
     ),
+    'ImageNet': (
+        'ImageNet: put train/ and val/, with a folder of pictures for each '
+        'class, in the data root; or pictures and the annotation file the '
+        'config names.'
+    ),
+    'CustomDataset': 'Put a folder of pictures for each class there.',
 }
 _DATASET_FALLBACK = (
     'No data at hand? "python tools/make_scenes.py data/scenes" draws scenes '
@@ -112,8 +118,10 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.merge_from_dict(options)
     if 'data_root' in options:
         for dataset in _datasets(cfg):
-            if dataset.get('data_root') == old_root:
+            if old_root in (None, dataset.get('data_root')):
                 dataset.data_root = options['data_root']
+    if cfg.get('data_preprocessor'):  # where mmpretrain's configs have it
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -157,6 +165,20 @@ def _datasets(
         yield from walk(cfg.get(f'{loader}_dataloader'))
 
 
+def _data_paths(dataset: ConfigDict) -> list[Path]:
+    """Folders and files a dataset reads, as far as its config tells."""
+    root = Path(dataset.data_root or '.')
+    prefix = dataset.get('data_prefix') or ''
+    if isinstance(prefix, dict):
+        return [root / folder for folder in prefix.values()]
+    if dataset.get('type') not in ('ImageNet', 'CustomDataset'):
+        return []  # may download itself
+    paths = [root / (prefix or dataset.get('split') or '')]
+    if dataset.get('ann_file'):
+        paths.append(root / dataset.ann_file)
+    return paths
+
+
 def check_data(cfg: Config, *loaders: str) -> None:
     """Stop with one clear message if a dataset is not there.
 
@@ -168,19 +190,20 @@ def check_data(cfg: Config, *loaders: str) -> None:
         SystemExit: Naming the missing folder and what to put there.
     """
     for dataset in _datasets(cfg, loaders):
-        root = Path(dataset.data_root or '.')
-        for prefix in (dataset.get('data_prefix') or {}).values():
-            folder = root / prefix
-            if folder.is_dir() and any(folder.iterdir()):
+        for path in _data_paths(dataset):
+            if path.is_file() or (path.is_dir() and any(path.iterdir())):
                 continue
-            state = 'is empty' if folder.is_dir() else 'does not exist'
+            state = 'is empty' if path.is_dir() else 'does not exist'
             kind = dataset.get('type', 'dataset')
-            raise SystemExit(
-                f'{kind}: {folder} {state}.\n'
+            message = (
+                f'{kind}: {path} {state}.\n'
                 f'{_DATASET_HELP.get(kind, "Put the dataset there.")}\n'
                 f'Elsewhere on disk? Add --cfg-options '
-                f'data_root=/path/to/it (now {root}).\n{_DATASET_FALLBACK}'
+                f'data_root=/path/to/it (now {dataset.data_root or "."}).'
             )
+            if cfg.get('default_scope') == 'mmseg':
+                message += f'\n{_DATASET_FALLBACK}'
+            raise SystemExit(message)
 
 
 def fetch_checkpoint(source: str) -> str:

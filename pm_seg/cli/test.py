@@ -28,7 +28,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('config', help='config file, or the name of one')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', help='folder to save predictions to')
+    parser.add_argument(
+        '--out',
+        help='folder to save predictions to; a .pkl file for classification',
+    )
     parser.add_argument(
         '--show', action='store_true', help='show predictions on screen'
     )
@@ -47,19 +50,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    hooks = cfg.default_hooks
-    if 'visualization' not in hooks:
+    hook = cfg.default_hooks.get('visualization')
+    if hook is None:
         raise SystemExit(
             '--show and --show-dir need a visualization hook; add '
             'default_hooks=dict(visualization=dict(type='
-            "'SegVisualizationHook')) to the config"
+            "'SegVisualizationHook')) to the config ('VisualizationHook' "
+            'for classification)'
         )
-    hooks.visualization.draw = True
     if args.show:
-        hooks.visualization.show = True
-        hooks.visualization.wait_time = args.wait_time
+        hook.show = True
+        hook.wait_time = args.wait_time
+    if hook.type == 'VisualizationHook':
+        hook.enable = True
+        hook.interval = 1
+        hook.out_dir = args.show_dir
+        return
+    hook.draw = True
     if args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
+
+
+def _save_predictions(cfg: Config, out: str) -> None:
+    """Label maps into a folder, or classifications into a file."""
+    if cfg.get('default_scope') != 'mmpretrain':
+        cfg.test_evaluator.output_dir = out
+        cfg.test_evaluator.keep_results = True
+        return
+    if not out.endswith(('.pkl', '.pickle')):
+        raise SystemExit(
+            f'--out {out}: classifications are saved to a file; give it a '
+            'name that ends in .pkl'
+        )
+    metrics = cfg.test_evaluator
+    metrics = metrics if isinstance(metrics, list) else [metrics]
+    dump = dict(type='DumpResults', out_file_path=out)
+    cfg.test_evaluator = [*metrics, dump]
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -81,8 +107,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
     if args.out is not None:
-        cfg.test_evaluator.output_dir = args.out
-        cfg.test_evaluator.keep_results = True
+        _save_predictions(cfg, args.out)
     join_cpu_processes(cfg)
     return Runner.from_cfg(cfg).test()
 

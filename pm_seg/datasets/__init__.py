@@ -1,3 +1,7 @@
-from .reproducible import NumberedInfiniteSampler, SeedAugmentation
+from .reproducible import (
+    NumberedInfiniteSampler,
+    NumberedSampler,
+    SeedAugmentation,
+)
 
-__all__ = ['NumberedInfiniteSampler', 'SeedAugmentation']
+__all__ = ['NumberedInfiniteSampler', 'NumberedSampler', 'SeedAugmentation']

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
-from mmengine.dataset import InfiniteSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 
 from ..registry import register
 
@@ -42,6 +42,19 @@ class NumberedInfiniteSampler(InfiniteSampler):
     def _indices_of_rank(self) -> Iterator[Draw]:
         for turn, index in enumerate(super()._indices_of_rank()):
             yield Draw(index, turn * self.world_size + self.rank)
+
+
+@register('DATA_SAMPLERS')
+class NumberedSampler(DefaultSampler):
+    """mmengine's ``DefaultSampler``, each index numbered by its draw.
+
+    For epoch-based loops; the numbers run through all epochs and processes.
+    """
+
+    def __iter__(self) -> Iterator[Draw]:
+        first = self.epoch * self.total_size + self.rank
+        for turn, index in enumerate(super().__iter__()):
+            yield Draw(index, first + turn * self.world_size)
 
 
 def mix_seed(*parts: int) -> int:

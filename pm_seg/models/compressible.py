@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from ..core import Compressor, MergingCompressor, TokenCompressor
@@ -83,6 +85,42 @@ class CompressibleMixin:
     def score_taps(self) -> list[nn.Module]:
         """Modules the values of each layer's attention pass through."""
         return [layer.attn.value_tap for layer in self.layers]
+
+    def load_pretrained(self) -> bool:
+        """Load the weights ``init_cfg=dict(type='Pretrained', ...)`` names.
+
+        Other than mmengine's own way, a checkpoint of a whole model is
+        accepted and one which does not fit raises ``RuntimeError``.
+
+        Returns:
+            bool: Whether ``init_cfg`` is of this type.
+        """
+        cfg = self.init_cfg
+        if not (isinstance(cfg, dict) and cfg.get('type') == 'Pretrained'):
+            return False
+        checkpoint = CheckpointLoader.load_checkpoint(
+            cfg['checkpoint'], map_location='cpu'
+        )
+        state = dict(checkpoint.get('state_dict', checkpoint))
+        prefix = cfg.get('prefix', 'backbone.')
+        if any(key.startswith(prefix) for key in state):
+            state = {
+                key[len(prefix) :]: value
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+        self._fit_pretrained(state)
+        result = self.load_state_dict(state, strict=False)
+        if result.unexpected_keys:
+            print_log(
+                f'{type(self).__name__} does not use these entries of '
+                f'{cfg["checkpoint"]}: {", ".join(result.unexpected_keys)}',
+                logger='current',
+            )
+        return True
+
+    def _fit_pretrained(self, state_dict: dict[str, Tensor]) -> None:
+        """Adapt pretrained weights to this model, in place."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs

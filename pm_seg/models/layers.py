@@ -10,6 +10,38 @@ from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
 
 
+def fused_attention(
+    qkv: Tensor,
+    num_heads: int,
+    value_tap: nn.Module,
+    key_bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Multi-head self-attention on ``F.scaled_dot_product_attention``.
+
+    Args:
+        qkv (Tensor): Queries, keys and values of all heads, (B, T, 3 C).
+        num_heads (int): Heads, each of D = C / heads channels.
+        value_tap (nn.Module): The values (B, heads, T, D) pass through it.
+        key_bias (Tensor, optional): Added to the attention logits of each
+            key, (B, 1, 1, T).
+        dropout (float): Rate on the attention weights. Defaults to 0.
+
+    Returns:
+        tuple[Tensor, Tensor]: (B, T, C) before the output projection, and
+        the keys (B, heads, T, D).
+    """
+    batch, tokens, _ = qkv.shape
+    qkv = qkv.view(batch, tokens, 3, num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D)
+    if key_bias is not None:
+        key_bias = key_bias.to(q.dtype).expand(-1, -1, tokens, -1)
+    out = F.scaled_dot_product_attention(
+        q, k, value_tap(v), attn_mask=key_bias, dropout_p=dropout
+    )
+    return out.transpose(1, 2).flatten(2), k
+
+
 class FusedMultiheadAttention(MultiheadAttention):
     """mmcv's self-attention on ``F.scaled_dot_product_attention``.
 
@@ -50,22 +82,15 @@ class FusedMultiheadAttention(MultiheadAttention):
             tuple[Tensor, Tensor]: (B, T, C) and the keys (B, heads, T, D).
         """
         attn = self.attn
-        batch, tokens, channels = query.shape
-        qkv = F.linear(query, attn.in_proj_weight, attn.in_proj_bias)
-        qkv = qkv.view(batch, tokens, 3, attn.num_heads, attn.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D)
-        if key_bias is not None:
-            key_bias = key_bias.to(q.dtype).expand(-1, -1, tokens, -1)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            self.value_tap(v),
-            attn_mask=key_bias,
-            dropout_p=attn.dropout if self.training else 0.0,
+        out, keys = fused_attention(
+            F.linear(query, attn.in_proj_weight, attn.in_proj_bias),
+            attn.num_heads,
+            self.value_tap,
+            key_bias,
+            attn.dropout if self.training else 0.0,
         )
-        out = out.transpose(1, 2).reshape(batch, tokens, channels)
         out = attn.out_proj(out)
-        return identity + self.dropout_layer(self.proj_drop(out)), k
+        return identity + self.dropout_layer(self.proj_drop(out)), keys
 
 
 class PMTransformerEncoderLayer(TransformerEncoderLayer):

@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pm_seg.datasets import NumberedInfiniteSampler, SeedAugmentation
+from pm_seg.datasets import (
+    NumberedInfiniteSampler,
+    NumberedSampler,
+    SeedAugmentation,
+)
 from pm_seg.datasets.reproducible import Draw, mix_seed
 
 
@@ -64,6 +68,25 @@ def test_processes_share_the_draws() -> None:
         parts.append(list(itertools.islice(sampler, 4)))
     both = [d for pair in zip(*parts) for d in pair]
     assert [(int(d), d.number) for d in both] == expected
+
+
+def test_epochs_number_their_draws() -> None:
+    """Any epoch alone, by one process or two, draws what it always draws."""
+    one = NumberedSampler(range(10), seed=1)
+    for epoch in (2, 0):
+        one.set_epoch(epoch)
+        expected = [(int(d), d.number) for d in one]
+        first = epoch * 10
+        assert [n for _, n in expected] == list(range(first, first + 10))
+        assert sorted(i for i, _ in expected) == list(range(10))
+        parts = []
+        for rank in (0, 1):
+            sampler = NumberedSampler(range(10), seed=1)
+            sampler.rank, sampler.world_size = rank, 2
+            sampler.set_epoch(epoch)
+            parts.append(list(sampler))
+        both = [d for pair in zip(*parts) for d in pair]
+        assert [(int(d), d.number) for d in both] == expected
 
 
 def test_other_samplers_are_left_alone() -> None:

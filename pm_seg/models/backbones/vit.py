@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.logging import print_log
-from mmengine.runner.checkpoint import CheckpointLoader
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from torch import Tensor
@@ -191,31 +190,13 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         Differs from the base class in that a checkpoint of a whole segmentor
         is accepted and that one which does not fit raises ``RuntimeError``.
         """
-        cfg = self.init_cfg
-        if not (isinstance(cfg, dict) and cfg.get('type') == 'Pretrained'):
+        if not self.load_pretrained():
             super().init_weights()
-            return
-        checkpoint = CheckpointLoader.load_checkpoint(
-            cfg['checkpoint'], map_location='cpu'
-        )
-        state = dict(checkpoint.get('state_dict', checkpoint))
-        prefix = cfg.get('prefix', 'backbone.')
-        if any(key.startswith(prefix) for key in state):
-            state = {
-                key[len(prefix) :]: value
-                for key, value in state.items()
-                if key.startswith(prefix)
-            }
-        pos_embed = state.get('pos_embed')
+
+    def _fit_pretrained(self, state_dict: dict[str, Tensor]) -> None:
+        pos_embed = state_dict.get('pos_embed')
         if pos_embed is not None and pos_embed.shape != self.pos_embed.shape:
-            state['pos_embed'] = self._fit_pos_embed(pos_embed)
-        result = self.load_state_dict(state, strict=False)
-        if result.unexpected_keys:
-            print_log(
-                f'{type(self).__name__} does not use these entries of '
-                f'{cfg["checkpoint"]}: {", ".join(result.unexpected_keys)}',
-                logger='current',
-            )
+            state_dict['pos_embed'] = self._fit_pos_embed(pos_embed)
 
     def _fit_pos_embed(self, pos_embed: Tensor) -> Tensor:
         """Resize the position embedding of a square grid to this model's."""
