@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         sys.exit('--modes onnx times inference with --device cpu --dtype fp32')
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    size = args.size or cfg.model.backbone.img_size
+    size = args.size or cfg.model.backbone.get('img_size', 224)
     size = (size, size) if isinstance(size, int) else tuple(size)
     state = None
     if args.checkpoint:

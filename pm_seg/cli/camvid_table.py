@@ -39,6 +39,7 @@ PAPER = [
 METHODS: dict[str, list[str]] = {
     'paper': PAPER,
     'ours': [],
+    'matching': [f'{BACKBONE}.builder=matching'],
     'ToMe-style': [f'{BACKBONE}.type=tome'],
     'ALGM-style': [f'{BACKBONE}.type=algm'],
 }
@@ -49,6 +50,7 @@ ABLATIONS: dict[str, list[str]] = {
     'centres by score': [f'{BACKBONE}.centres=score'],
     'even centres': [f'{BACKBONE}.score_power=0'],
     'no rotation': [f'{BACKBONE}.rotate=False'],
+    'augmented calibration': ['calib_pipeline=None'],
     'flat budget': [f'{BACKBONE}.budget=layer'],
     'four dense blocks': [
         f'{BACKBONE}.budget=layer',
