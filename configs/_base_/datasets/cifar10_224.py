@@ -25,6 +25,8 @@ test_pipeline = [
     ),
     dict(type='PackInputs'),
 ]
+# What scores and budgets are measured on.
+calib_pipeline = test_pipeline
 tta_pipeline = [
     *test_pipeline[:-1],
     dict(
