@@ -111,7 +111,8 @@ class ScoreRecorder:
             raise ValueError(
                 f'layer {layer} got {value.shape[2]} tokens, expected '
                 f'{expected}; scores are gathered on images of the size the '
-                'backbone was built for (img_size), uncompressed'
+                'backbone was built for (img_size), uncompressed; check the '
+                'crop of calib_pipeline or train_pipeline'
             )
         detached = value.detach()
         if torch.is_grad_enabled():

@@ -24,6 +24,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64)),
     dict(type='PackInputs')]
+calib_pipeline = test_pipeline
 model = dict(
     backbone=dict(
         arch=dict(_delete_=True, embed_dims=24, num_layers=2, num_heads=3,
