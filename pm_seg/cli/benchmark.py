@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import to_2tuple
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -393,8 +394,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         sys.exit('--modes onnx times inference with --device cpu --dtype fp32')
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    size = args.size or cfg.model.backbone.get('img_size', 224)
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    native = cfg.model.backbone.get('img_size', 224)
+    size = tuple(to_2tuple(args.size or native))
     state = None
     if args.checkpoint:
         saved = read_checkpoint(fetch_checkpoint(args.checkpoint))

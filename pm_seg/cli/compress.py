@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ..engine.report import describe
 from ..engine.scoring import require_compressible
 from ..engine.targets import TARGETS, check_target
 from ..utils import ProgressReporter
+from ..utils.files import whole_files
 from ..version import __version__
 from .common import (
     add_common_arguments,
@@ -92,17 +92,6 @@ def _target(text: str | None) -> dict[str, float] | None:
         raise SystemExit(f'--target {text}: {error}') from None
 
 
-def _write(path: Path, content: dict) -> None:
-    """Write the checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'{path.name}.partial')
-    try:
-        torch.save(content, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/compress.py``."""
     args = parse_args(argv)
@@ -149,9 +138,9 @@ def main(argv: list[str] | None = None) -> None:
         'cfg': cfg.pretty_text,
         'pm_seg_version': __version__,
     }
-    _write(
-        Path(args.out), {'state_dict': model.cpu().state_dict(), 'meta': meta}
-    )
+    content = {'state_dict': model.cpu().state_dict(), 'meta': meta}
+    with whole_files(Path(args.out)) as (partial,):
+        torch.save(content, partial)
     print(f'Wrote {args.out}')
 
 

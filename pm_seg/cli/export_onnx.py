@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -11,8 +10,10 @@ import numpy as np
 import torch
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
+from ..utils.files import whole_files
 from .common import (
     add_common_arguments,
     fetch_checkpoint,
@@ -87,24 +88,18 @@ def export(model: nn.Module, images: Tensor, path: Path) -> None:
         images (Tensor): (B, 3, H, W).
         path (Path): File to write.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'{path.name}.partial')
-    try:
-        with torch.no_grad():
-            model(images)  # derives token maps of this size
-            torch.onnx.export(
-                model,
-                (images,),
-                str(partial),
-                input_names=['images'],
-                output_names=['logits'],
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_files(path) as (partial,), torch.no_grad():
+        model(images)  # derives token maps of this size
+        torch.onnx.export(
+            model,
+            (images,),
+            str(partial),
+            input_names=['images'],
+            output_names=['logits'],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
 
 
 def compare(model: nn.Module, images: Tensor, path: Path) -> float:
@@ -136,8 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     load_checkpoint(
         model, fetch_checkpoint(args.checkpoint), map_location='cpu'
     )
-    size = args.size or model.backbone.img_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = to_2tuple(args.size or model.backbone.img_size)
     predictor = Predictor(model, args.logits == 'image').eval()
     images = torch.rand(args.batch_size, 3, *size) * 2 - 1
     path = Path(args.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
+from ..utils.files import whole_files
 from ..version import __version__
 from .sources import ConversionError
 
@@ -90,15 +90,8 @@ def write_converted(
             raise ConversionError(
                 f'{target} is a folder; choose another name to write to'
             )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partials = [path.with_name(f'{path.name}.partial') for path in targets]
-    try:
-        partials[0].write_text(text)
+    with whole_files(*targets) as (config, checkpoint):
+        config.write_text(text)
         content = dict(state_dict=converted.state_dict, meta=meta)
-        torch.save(content, partials[1])
-        for partial, target in zip(partials, targets):
-            os.replace(partial, target)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
+        torch.save(content, checkpoint)
     return targets[0]

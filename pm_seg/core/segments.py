@@ -55,29 +55,34 @@ class Segments:
 
     def sum_bags(self, batch: int) -> Bags:
         """Index and starts of the sums over groups for ``embedding_bag``."""
-        sizes = [s for s, count in self.blocks for _ in range(count)]
-        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-        return self._bags('sum', batch, self.order, starts, self.slot.numel())
+        return self._bags('sum', batch)
 
     def gather_bags(self, batch: int) -> Bags:
         """The same for the gather: every token is a bag of one group."""
-        starts = torch.arange(self.slot.numel())
-        return self._bags('gather', batch, self.slot, starts, self.num_slots)
+        return self._bags('gather', batch)
 
-    @torch.inference_mode(False)
-    def _bags(
-        self, name: str, batch: int, index: Tensor, starts: Tensor, rows: int
-    ) -> Bags:
+    def _bags(self, name: str, batch: int) -> Bags:
         key = (name, batch)
         if key not in self.cache:
             while len(self.cache) >= _MAX_CACHED:
                 self.cache.pop(next(iter(self.cache)))
-            image = torch.arange(batch, device=index.device)[:, None]
-            self.cache[key] = (
-                (index + rows * image).flatten(),
-                (starts.to(index.device) + len(index) * image).flatten(),
-            )
+            self.cache[key] = self._make_bags(name, batch)
         return self.cache[key]
+
+    @torch.inference_mode(False)
+    def _make_bags(self, name: str, batch: int) -> Bags:
+        if name == 'sum':
+            sizes = [s for s, count in self.blocks for _ in range(count)]
+            index, rows = self.order, self.slot.numel()
+            starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        else:
+            index, rows = self.slot, self.num_slots
+            starts = torch.arange(self.slot.numel())
+        image = torch.arange(batch, device=index.device)[:, None]
+        return (
+            (index + rows * image).flatten(),
+            (starts.to(index.device) + len(index) * image).flatten(),
+        )
 
     def to(self, device: torch.device) -> Segments:
         return Segments(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable
 
 from mmengine.config import Config
 from mmengine.model import BaseModel
@@ -23,6 +22,7 @@ from .scoring import (
     isolated_rng,
     require_compressible,
     scored_modules,
+    take,
 )
 from .targets import meet_target
 
@@ -86,7 +86,7 @@ def compress(
             scoring = report('Scoring batches')
             scores = gather_scores(
                 model,
-                _batches(dataloader, num_batches, seed),
+                _fresh(dataloader, seed),
                 num_batches,
                 reduction,
                 scoring and (lambda done: scoring(done, num_batches)),
@@ -95,7 +95,7 @@ def compress(
                 module.compressor.store(scores[name])
         inputs = []
         if needs_data(model):
-            batches = _batches(dataloader, calib_batches, seed)
+            batches = take(_fresh(dataloader, seed), calib_batches)
             inputs = calibration_inputs(model, batches)
         if any(compressor.wants_losses for compressor in compressors):
             losses = measure_losses(model, inputs, report('Measuring layers'))
@@ -111,24 +111,15 @@ def compress(
     return keep
 
 
-def _batches(
-    dataloader: DataLoader | dict, count: int, seed: int
-) -> Iterator[dict]:
-    """The first batches of a loader, begun again when exhausted."""
-    if isinstance(dataloader, dict):
-        config = copy.deepcopy(dataloader)
-        config['persistent_workers'] = False
-        dataloader = Runner.build_dataloader(config, seed=seed)
-    while count > 0:
-        before = count
-        for data in islice(dataloader, count):
-            yield data
-            count -= 1
-        if count == before:
-            raise ValueError(
-                'the data loader yields no batch; is its dataset empty, or '
-                'was its infinite sampler used before?'
-            )
+def _fresh(
+    dataloader: DataLoader | dict, seed: int
+) -> DataLoader | Iterable[dict]:
+    """A loader at its first batch, if a config is given."""
+    if not isinstance(dataloader, dict):
+        return dataloader
+    config = copy.deepcopy(dataloader)
+    config['persistent_workers'] = False
+    return Runner.build_dataloader(config, seed=seed)
 
 
 def calibration_loader(cfg: Config) -> dict:

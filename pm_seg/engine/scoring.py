@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain, repeat
+from itertools import islice
 
 import numpy as np
 import torch
@@ -108,6 +108,24 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def take(batches: Iterable[dict], count: int) -> Iterator[dict]:
+    """The first ``count`` batches, begun again when exhausted.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    while count > 0:
+        before = count
+        for data in islice(batches, count):
+            yield data
+            count -= 1
+        if count == before:
+            raise ValueError(
+                'the data loader yields no batch; is its dataset empty, or '
+                'was its infinite sampler used before?'
+            )
+
+
 def gather_scores(
     model: BaseModel,
     batches: Iterable[dict],
@@ -156,8 +174,7 @@ def gather_scores(
                     reduction,
                 )
             )
-        stream = chain.from_iterable(repeat(batches))
-        for done, data in zip(range(1, num_batches + 1), stream):
+        for done, data in enumerate(take(batches, num_batches), 1):
             data = model.data_preprocessor(data, training=True)
             with torch.enable_grad():
                 losses = model(**data, mode='loss')

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from mmengine.model import BaseModel
+from mmengine.utils import to_2tuple
 
 from ..utils import count_macs, median, time_interleaved
 from .scoring import evaluating, require_compressible, uncompressed
@@ -52,8 +53,7 @@ def meet_target(
     """
     kind, limit = check_target(target)
     modules = [m.compressor for m in require_compressible(model).values()]
-    size = model.backbone.img_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = to_2tuple(model.backbone.img_size)
     device = next(model.parameters()).device
     images = torch.zeros(1, 3, *size, device=device)
 

@@ -1,5 +1,6 @@
 # CIFAR-10 as pictures, one folder for each class: data/cifar10/train/airplane/
 # ... and data/cifar10/test/airplane/ ..., enlarged to 224x224.
+_base_ = './imagenet_224.py'
 dataset_type = 'CustomDataset'
 data_root = 'data/cifar10'
 train_pipeline = [
@@ -41,12 +42,9 @@ tta_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=128,
     num_workers=2,
-    persistent_workers=True,
-    collate_fn=dict(type='default_collate'),
-    sampler=dict(type='NumberedSampler', shuffle=True),
     dataset=dict(
+        _delete_=True,
         type=dataset_type,
         data_root=data_root,
         data_prefix='train',
@@ -54,12 +52,9 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=128,
     num_workers=2,
-    persistent_workers=True,
-    collate_fn=dict(type='default_collate'),
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
+        _delete_=True,
         type=dataset_type,
         data_root=data_root,
         data_prefix='test',

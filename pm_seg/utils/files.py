@@ -1,0 +1,33 @@
+"""Files that are written to their end or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_files(*targets: Path) -> Iterator[list[Path]]:
+    """Write files under names of their own and rename them at the end.
+
+    Folders are created. Nothing is left, and what stood there stays, if the
+    block raises.
+
+    Args:
+        *targets (Path): Files to write.
+
+    Yields:
+        list[Path]: Where to write each of them inside the block.
+    """
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    partials = [path.with_name(f'{path.name}.partial') for path in targets]
+    try:
+        yield partials
+        for partial, target in zip(partials, targets):
+            os.replace(partial, target)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
