@@ -39,6 +39,7 @@ PAPER = [
 METHODS: dict[str, list[str]] = {
     'paper': PAPER,
     'ours': [],
+    'ours, static': [f'{BACKBONE}.adapt=0'],
     'matching': [f'{BACKBONE}.builder=matching'],
     'ToMe-style': [f'{BACKBONE}.type=tome'],
     'ALGM-style': [f'{BACKBONE}.type=algm'],

@@ -95,6 +95,7 @@ def allocate(
     cost: tuple[float, float],
     overhead: float = 0.0,
     num_prefix: int = 0,
+    group_overhead: float = 0.0,
 ) -> list[int]:
     """Tokens of each token map, at the cost of a flat ``keep``.
 
@@ -109,6 +110,7 @@ def allocate(
         overhead (float): Cost of merging and restoring, saved where all
             tokens are kept.
         num_prefix (int): P, part of T.
+        group_overhead (float): What comes on top for each group.
 
     Returns:
         list[int]: Groups of each map; N where it is best left dense.
@@ -120,7 +122,8 @@ def allocate(
     def price(count: np.ndarray) -> np.ndarray:
         total = count + num_prefix
         run = cost[0] * total + cost[1] * total**2
-        return run + overhead * (count < num_tokens)
+        extra = overhead + group_overhead * count
+        return run + extra * (count < num_tokens)
 
     shares = np.clip(counts / num_tokens, LEVELS[-1], 1)
     curves = np.stack([loss_curve(row, shares) for row in losses])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .base import Compressor, LayerOutputs
 from .budget import BUDGETS, LEVELS, allocate
 from .centres import CENTRES, select_centres, top_mask
+from .matching import sketch_dims
 from .segments import Segments, make_segments
 from .structure import (
     BUILDERS,
@@ -28,6 +29,7 @@ from .structure import (
     normalise_scores,
 )
 from .token_map import (
+    AdaptiveMap,
     DenseTokenMap,
     SimilarityMap,
     TokenMap,
@@ -35,8 +37,9 @@ from .token_map import (
 )
 
 MATRICES = ('sparse', 'dense')
-AnyTokenMap = TokenMap | DenseTokenMap | SimilarityMap
+AnyTokenMap = TokenMap | DenseTokenMap | SimilarityMap | AdaptiveMap
 MATCHING = 'matching'
+ADAPT = 2
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,12 @@ class TokenCompressor(Compressor):
             anew in each image by bipartite matching, without scores or
             trainable merge and restore weights. Defaults to
             'nearest_centre'.
+        adapt (int, optional): Times that the tokens of each image move to
+            the group they are most similar to, see
+            :class:`~pm_seg.core.token_map.AdaptiveMap`; 0 for the same
+            groups in all images. Needs ``dims``, residual restores of sparse
+            maps, weights='mean' and prune=0; defaults to 2 with these and
+            'nearest_centre', else to 0.
         centres (str, optional): 'score' (the paper) or 'spread', see
             :func:`~pm_seg.core.centres.select_centres`. Defaults to 'score'
             for 'row_window' and 'spread' for 'nearest_centre'.
@@ -163,6 +172,7 @@ class TokenCompressor(Compressor):
         prune: float = 0.0,
         layers: Sequence[int] | None = None,
         builder: str = 'nearest_centre',
+        adapt: int | None = None,
         centres: str | None = None,
         score_power: float = 1.0,
         seed: int = 0,
@@ -225,11 +235,18 @@ class TokenCompressor(Compressor):
             raise ValueError(f'detail={detail} is a rank; it must be >= 0')
         wanted = dims and restore == 'residual' and matrices == 'sparse'
         self.detail = min(detail, dims) if wanted else 0
+        free = wanted and not prune and self.weights == 'mean'
+        self.adapt = self._check_adapt(adapt, bool(free))
 
         shape = (depth, self.num_tokens)
         self.register_buffer('scores', torch.zeros(shape))
         self.register_buffer('losses', torch.zeros(depth, len(LEVELS)))
         self.register_buffer('group', torch.full(shape, PRUNED))
+        if self.adapt:
+            generator = torch.Generator().manual_seed(seed)
+            signs = torch.randint(2, (self.dims,), generator=generator)
+            signs = 2.0 * signs - 1
+            self.register_buffer('signs', signs, persistent=False)
         if matrices == 'sparse':
             self.merge_weight = nn.Parameter(torch.zeros(shape))
             self.restore_weight = nn.Parameter(torch.zeros(shape))
@@ -252,6 +269,21 @@ class TokenCompressor(Compressor):
             self.merge_weight.requires_grad_(False)
             self.restore_weight.requires_grad_(False)
         self._refresh()
+
+    def _check_adapt(self, adapt: int | None, possible: bool) -> int:
+        if adapt is None:
+            usual = self.builder == 'nearest_centre'
+            return ADAPT if possible and usual else 0
+        if adapt < 0 or (adapt and not (possible and self.uses_scores)):
+            raise ValueError(
+                f'adapt={adapt} must be 0, for the same groups in all images,'
+                " or above 0 with restore='residual', matrices='sparse', "
+                "weights='mean', prune=0, dims and a static builder; got "
+                f'restore={self.mode!r}, matrices={self.matrices!r}, '
+                f'weights={self.weights!r}, prune={self.prune}, '
+                f'dims={self.dims}, builder={self.builder!r}'
+            )
+        return adapt
 
     def _check_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
         if layers is None:
@@ -329,12 +361,26 @@ class TokenCompressor(Compressor):
         """Pruned patch tokens of each layer on the native grid."""
         return (self.group == PRUNED).sum(1).tolist()
 
-    @property
-    def map_macs(self) -> int:
-        """Multiply-accumulates of merging and restoring, per layer."""
+    def map_macs(self, groups: int) -> int:
+        """Multiply-accumulates of a token map with so many groups.
+
+        Merge, restore, detail path, shortcut, and finding the groups of an
+        image; prefix tokens included.
+        """
         tokens = self.num_prefix + self.num_tokens
-        compared = 0 if self.uses_scores else (self.num_tokens // 2) ** 2
-        return (tokens * (2 + 2 * self.detail) + compared) * self.dims
+        slots = self.num_prefix + groups
+        if self.matrices == 'dense':
+            passes = 3 if self.mode == 'residual' else 2
+            return passes * slots * tokens * self.dims
+        macs = 2 * tokens * self.dims
+        macs += 2 * self.detail * (tokens + slots) * self.dims
+        if not self.uses_scores:
+            macs += (self.num_tokens // 2) ** 2 * self.dims
+        if self.adapt:
+            compared = self.adapt * self.num_tokens * groups
+            summed = tokens + (self.adapt - 1) * self.num_tokens
+            macs += (compared + summed) * sketch_dims(self.dims) + tokens
+        return macs
 
     @property
     def has_scores(self) -> bool:
@@ -470,9 +516,14 @@ class TokenCompressor(Compressor):
             self.num_tokens,
             self.keep,
             (a * length, b * length),
-            self.map_macs if self.layer_cost != (1.0, 0.0) else 0.0,
+            self._overhead(0),
             self.num_prefix,
+            self._overhead(1) - self._overhead(0),
         )
+
+    def _overhead(self, groups: int) -> float:
+        """Cost of a token map, where costs of layers are known."""
+        return self.map_macs(groups) if self.layer_cost[1] else 0.0
 
     @torch.no_grad()
     def set_groups(self, group: Tensor) -> None:
@@ -614,6 +665,16 @@ class TokenCompressor(Compressor):
                 token_map = SimilarityMap(
                     self.num_prefix,
                     layout.num_groups[layer],
+                    self._detail(layer),
+                )
+            elif layer in spans and self.adapt:
+                token_map = AdaptiveMap(
+                    layout.segments[layer],
+                    self.num_prefix,
+                    merge[layer],
+                    restore[layer],
+                    self.signs,
+                    self.adapt,
                     self._detail(layer),
                 )
             elif layer in spans:
@@ -780,10 +841,13 @@ class TokenCompressor(Compressor):
     def _make_layout(
         self, group: Tensor, scores: Tensor, device: torch.device
     ) -> _Layout:
-        weights = [
-            group_weights(row, members, self.weights)
-            for row, members in zip(scores, group)
-        ]
+        if self.adapt:  # a mean over groups of any size
+            weights = [(torch.ones_like(row),) * 2 for row in scores]
+        else:
+            weights = [
+                group_weights(row, members, self.weights)
+                for row, members in zip(scores, group)
+            ]
         live = F.pad(group != PRUNED, (self.num_prefix, 0), value=True)
         segments = [make_segments(row, self.num_prefix) for row in group]
         return _Layout(

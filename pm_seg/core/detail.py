@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .compressor import TokenCompressor
-from .token_map import BoundSimilarityMap, TokenMap
+from .token_map import ImageMap, TokenMap
 
 
 class DetailFitter:
@@ -118,9 +118,7 @@ class DetailFitter:
         self.gram[index] += (known.T @ known).double().cpu()
         self.cross[index] += (known.T @ wanted).double().cpu()
 
-    def _patches(
-        self, x: Tensor, token_map: TokenMap | BoundSimilarityMap
-    ) -> Tensor:
+    def _patches(self, x: Tensor, token_map: TokenMap | ImageMap) -> Tensor:
         """Merged patch tokens of all images, (tokens, C)."""
         prefix = self.compressor.num_prefix
         x = x[:, prefix:]

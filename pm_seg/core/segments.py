@@ -1,6 +1,8 @@
-"""Weighted sums over groups of tokens, and their transpose.
+"""Sums over groups of tokens, and their transpose.
 
-The two operations a token map is made of, each the other's derivative. Both
+The two operations a token map is made of, each the other's derivative, for
+groups that are the same in all images (``segment_sum``, ``segment_gather``,
+weighted) and for groups of each image (``image_sum``, ``image_gather``). All
 read and write every value about once, without atomic operations, so that
 results do not change from run to run; and both are made of gathers, products
 and sums alone, which fuse when compiled and exist in every export format.
@@ -9,7 +11,8 @@ On a CPU, ``embedding_bag`` does each in one pass where nothing is compiled or
 exported. Elsewhere groups, which are numbered by size, are summed in blocks:
 after one gather that brings the members of a
 group next to each other, all groups of one size are a contiguous block
-``(groups, size)`` to sum over.
+``(groups, size)`` to sum over. Groups of each image are summed by a product
+with their membership matrix.
 """
 
 from __future__ import annotations
@@ -243,3 +246,86 @@ class _SegmentGather(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_grad(weight, grad, z, ctx.segments)
         return grad_z, grad_weight, None
+
+
+def image_sum(x: Tensor, position: Tensor, count: int) -> Tensor:
+    """Sum of the members of each group, with groups of each image.
+
+    Args:
+        x (Tensor): (B, T, C).
+        position (Tensor): Group of each token, int64, (B, T).
+        count (int): Groups of each image; 0 is the sum of an empty one.
+
+    Returns:
+        Tensor: (B, count, C).
+    """
+    return _ImageSum.apply(x, position, count)
+
+
+def image_gather(z: Tensor, position: Tensor) -> Tensor:
+    """What each token's group holds; transpose of :func:`image_sum`.
+
+    Args:
+        z (Tensor): (B, groups, C).
+        position (Tensor): Group of each token, int64, (B, T).
+
+    Returns:
+        Tensor: (B, T, C).
+    """
+    return _ImageGather.apply(z, position)
+
+
+def image_sizes(x: Tensor, position: Tensor, count: int) -> Tensor:
+    """Members of each group in the dtype of x, (B, count, 1)."""
+    return _image_sum(x.new_ones(*position.shape, 1), position, count)
+
+
+def _flat(position: Tensor, count: int) -> Tensor:
+    """Groups of all images numbered through, (B * T,)."""
+    image = torch.arange(len(position), device=position.device)
+    return (position + count * image[:, None]).flatten()
+
+
+def _image_sum(x: Tensor, position: Tensor, count: int) -> Tensor:
+    if _use_bags(x):
+        group, order = _flat(position, count).sort(stable=True)
+        starts = torch.searchsorted(group, torch.arange(len(x) * count))
+        rows = x.reshape(-1, x.shape[2])
+        out = F.embedding_bag(order, rows, starts, mode='sum')
+        return out.view(len(x), count, -1)
+    groups = torch.arange(count, device=position.device)
+    member = position.unsqueeze(1) == groups.unsqueeze(1)
+    return member.to(x.dtype) @ x
+
+
+def _image_gather(z: Tensor, position: Tensor) -> Tensor:
+    rows = z.reshape(-1, z.shape[2])
+    out = rows.index_select(0, _flat(position, z.shape[1]))
+    return out.view(*position.shape, -1)
+
+
+class _ImageSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, position, count):
+        ctx.save_for_backward(position)
+        return _image_sum(x, position, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (position,) = ctx.saved_tensors
+        return _image_gather(grad, position), None, None
+
+
+class _ImageGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, position):
+        ctx.save_for_backward(position)
+        ctx.count = z.shape[1]
+        return _image_gather(z, position)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (position,) = ctx.saved_tensors
+        return _image_sum(grad, position, ctx.count), None

@@ -20,7 +20,7 @@ that what distinguishes the members of a group survives the block. It survives
 unchanged, though, as if the block did nothing to it; the *detail* path adds a
 linear estimate of what the block would have done, with matrices U (C, R) and
 D (R, C) of a low rank R that are shared by all tokens
-(:mod:`pm_seg.engine.detail` fits them).
+(:mod:`pm_seg.core.detail` fits them).
 """
 
 from __future__ import annotations
@@ -30,8 +30,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .matching import match_down, pool
-from .segments import Segments, segment_gather, segment_sum
+from .matching import assign, match_down, sketch
+from .segments import (
+    Segments,
+    image_gather,
+    image_sizes,
+    image_sum,
+    segment_gather,
+    segment_sum,
+)
 
 RESTORE_MODES = ('replace', 'residual')
 
@@ -219,7 +226,7 @@ class DenseTokenMap:
 
 @dataclass(frozen=True)
 class SimilarityMap:
-    """Groups of similar tokens, found anew in every image.
+    """Groups of similar tokens, found anew in every image by matching.
 
     Attributes:
         num_prefix (int): P.
@@ -236,40 +243,117 @@ class SimilarityMap:
         """P+K."""
         return self.num_prefix + self.count
 
-    def bind(self, x: Tensor) -> BoundSimilarityMap:
+    def bind(self, x: Tensor) -> ImageMap:
         """Match the tokens of each image, (B, P+N, C)."""
-        position = match_down(x[:, self.num_prefix :], self.count)
-        return BoundSimilarityMap(self, position)
+        group = match_down(x[:, self.num_prefix :], self.count)
+        return ImageMap(
+            _with_prefix(group, self.num_prefix),
+            self.num_slots,
+            detail=self.detail,
+        )
 
 
 @dataclass(frozen=True)
-class BoundSimilarityMap:
-    """A :class:`SimilarityMap` for given images; residual restore.
+class AdaptiveMap:
+    """Static groups that follow the content of every image.
+
+    Each token moves to the group whose members it is most similar to, as in
+    k-means, with the static groups as the start: the grid stays covered, and
+    borders move to where the image has them.
 
     Attributes:
-        spec (SimilarityMap): What it was made from.
-        position (Tensor): Group of each patch token, int64, (B, N).
+        segments (Segments): The static groups, of P+N tokens in P+K.
+        num_prefix (int): P.
+        merge_weight, restore_weight (Tensor): ``m`` and ``r``, (P+N,).
+        signs (Tensor): Of the sketch tokens are compared in, (C,).
+        rounds (int): Times that tokens move.
+        detail (tuple[Tensor, Tensor], optional): See :class:`TokenMap`.
     """
 
-    spec: SimilarityMap
+    segments: Segments
+    num_prefix: int
+    merge_weight: Tensor
+    restore_weight: Tensor
+    signs: Tensor
+    rounds: int
+    detail: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """P+K."""
+        return self.segments.num_slots
+
+    def bind(self, x: Tensor) -> ImageMap:
+        """Move the tokens of each image, (B, P+N, C).
+
+        Raises:
+            ValueError: If ``x`` does not have P+N tokens.
+        """
+        _check_tokens(x, self.segments.slot.numel(), 'bind')
+        prefix = self.num_prefix
+        with torch.no_grad():
+            metric = sketch(x, self.signs)
+            seeds = segment_sum(
+                metric, torch.ones_like(metric[0, :, 0]), self.segments
+            )
+            group = assign(metric[:, prefix:], seeds[:, prefix:], self.rounds)
+        return ImageMap(
+            _with_prefix(group, prefix),
+            self.num_slots,
+            self.merge_weight,
+            self.restore_weight,
+            self.detail,
+        )
+
+
+def _with_prefix(group: Tensor, num_prefix: int) -> Tensor:
+    """Groups of patch tokens (B, N) to those of all tokens (B, P+N)."""
+    first = torch.arange(num_prefix, device=group.device)
+    first = first.expand(len(group), -1)
+    return torch.cat([first, group + num_prefix], 1)
+
+
+@dataclass(frozen=True)
+class ImageMap:
+    """A token map whose groups are those of given images; residual restore.
+
+    Attributes:
+        position (Tensor): Row of the merged sequence each token goes to,
+            int64, (B, P+N).
+        num_slots (int): P+K. Rows without tokens are zero.
+        merge_weight, restore_weight (Tensor, optional): ``m`` and ``r``,
+            (P+N,), or ones.
+        detail (tuple[Tensor, Tensor], optional): See :class:`TokenMap`.
+    """
+
     position: Tensor
+    num_slots: int
+    merge_weight: Tensor | None = None
+    restore_weight: Tensor | None = None
+    detail: tuple[Tensor, Tensor] | None = None
     live: None = None
 
     def merge(self, x: Tensor) -> Tensor:
-        """Mean of each group, (B, P+N, C) -> (B, P+K, C)."""
-        prefix, body = x.tensor_split([self.spec.num_prefix], dim=1)
-        size = body.new_ones(*body.shape[:2], 1)
-        body, _ = pool(body, size, self.position, self.spec.count)
-        return torch.cat([prefix, body.to(prefix.dtype)], dim=1)
+        """Mean of each group's ``m_n x_n``, (B, P+N, C) -> (B, P+K, C)."""
+        _check_tokens(x, self.position.shape[1], 'merge')
+        if self.merge_weight is not None:
+            x = x * self.merge_weight.to(x.dtype).unsqueeze(-1)
+        total = image_sum(x, self.position, self.num_slots)
+        sizes = image_sizes(x, self.position, self.num_slots)
+        return total / sizes.clamp_min(1)
 
     def spread(self, z: Tensor) -> Tensor:
         """What each token's group holds, (B, P+K, C) -> (B, P+N, C)."""
-        prefix, body = z.tensor_split([self.spec.num_prefix], dim=1)
-        index = self.position.unsqueeze(-1).expand(-1, -1, z.shape[2])
-        return torch.cat([prefix, body.gather(1, index)], dim=1)
+        return image_gather(z, self.position)
 
     def restore(self, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
         """See :meth:`TokenMap.restore`."""
-        update, extra = _detailed(self.spec.detail, x, y - z, z)
+        _check_tokens(x, self.position.shape[1], 'restore')
+        _check_tokens(y, self.num_slots, 'restore')
+        update, extra = _detailed(self.detail, x, y - z, z)
         restored = self.spread(update)
-        return x + restored if extra is None else x + extra + restored
+        x = x if extra is None else x + extra
+        if self.restore_weight is None:
+            return x + restored
+        weight = self.restore_weight.to(x.dtype).unsqueeze(-1)
+        return torch.addcmul(x, restored, weight)

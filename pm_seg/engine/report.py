@@ -16,16 +16,6 @@ def layer_macs(layer: nn.Module, tokens: int) -> int:
     return linear * tokens + quadratic * tokens**2
 
 
-def token_map_macs(compressor: TokenCompressor, slots: int) -> int:
-    """Multiply-accumulates of merge, restore, detail path and shortcut."""
-    if compressor.matrices == 'sparse':
-        on_groups = 2 * compressor.detail * compressor.dims * slots
-        return compressor.map_macs + on_groups
-    tokens = compressor.num_prefix + compressor.num_tokens
-    passes = 3 if compressor.mode == 'residual' else 2
-    return passes * slots * tokens * compressor.dims
-
-
 def describe(model: nn.Module) -> str:
     """A table of the tokens each layer works on, and what that costs.
 
@@ -84,7 +74,7 @@ def _describe_maps(module: nn.Module) -> list[str]:
         elif index not in compressor.layers or not mapped:
             note = '  (dense)'
         else:
-            macs += token_map_macs(compressor, slots)
+            macs += compressor.map_macs(groups[index])
         loss = compressor.losses[index, LEVELS.index(0.5)].item()
         lines.append(
             f'  {index:5d}  {groups[index]:6d}  {pruned[index]:6d}  '

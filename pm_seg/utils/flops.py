@@ -13,7 +13,7 @@ _ATEN = torch.ops.aten
 
 def _gather_flops(x, *args, out_shape=None, **kwargs) -> int:
     """One multiply-accumulate for each merged or restored value."""
-    return 2 * _numel(out_shape) if len(out_shape) > 2 else 0
+    return 2 * _numel(out_shape) if len(out_shape) > 1 else 0
 
 
 def _scatter_flops(x, dim, index, source, *args, **kwargs) -> int:

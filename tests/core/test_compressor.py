@@ -288,12 +288,13 @@ def test_matching_groups_similar_tokens_of_each_image(keep: float) -> None:
     for stage in module.stages(GRID):
         bound = stage.token_map.bind(x)
         for row in bound.position:
-            assert row.unique().tolist() == list(range(count))
+            assert row[0] == 0
+            assert row.unique().tolist() == list(range(count + 1))
         z = bound.merge(x)
         assert z.shape == (2, count + 1, 4)
         torch.testing.assert_close(bound.restore(x, z, z), x)
         for image, row in enumerate(bound.position):
-            mean = x[image, 1:][row == 0].mean(0)
+            mean = x[image][row == 1].mean(0)
             torch.testing.assert_close(z[image, 1], mean)
     layers = [Block() for _ in range(3)]
     whole = module.run(layers, x, GRID)[0]
@@ -326,3 +327,76 @@ def test_matching_loses_nothing_where_tokens_are_equal() -> None:
 def test_matching_has_a_form_of_its_own() -> None:
     with pytest.raises(ValueError, match="builder='matching' works with"):
         compressor(scores=False, builder='matching', restore='replace')
+
+
+def adaptive(**options) -> TokenCompressor:
+    return compressor(dims=4, detail=2, **options)
+
+
+@pytest.mark.parametrize('rounds', [1, 2, 5])
+def test_adaptive_groups_follow_the_image(rounds: int) -> None:
+    module = adaptive(adapt=rounds)
+    assert module.adapt == rounds
+    torch.manual_seed(3)
+    kinds = torch.eye(4)[torch.randint(4, (2, 24))]
+    x = torch.cat([torch.randn(2, 1, 4), kinds], 1)
+    moved = module.token_maps(GRID)[0].bind(x)
+    static = module.token_maps(GRID)[0].segments
+    assert moved.position[:, 0].eq(0).all()
+    assert moved.position.max() < moved.num_slots == static.num_slots
+
+    def spread_out(position: torch.Tensor) -> torch.Tensor:
+        means = [
+            torch.stack([row[p == k].mean(0) for k in p])
+            for row, p in zip(x, position)
+        ]
+        return (torch.stack(means) - x).square().sum()
+
+    before = spread_out(static.slot.expand(2, -1))
+    assert spread_out(moved.position) < 0.2 * before
+    z = moved.merge(x)
+    torch.testing.assert_close(moved.restore(x, z, z), x)
+    used = z[0][moved.position[0]]
+    torch.testing.assert_close(moved.spread(z)[0], used)
+
+
+def test_adaptive_groups_of_an_image_depend_on_it_alone() -> None:
+    module = adaptive()
+    assert module.adapt == 2
+    layers, x = [Block() for _ in range(3)], torch.randn(3, 25, 4)
+    whole = module.run(layers, x, GRID)[0]
+    for image in range(3):
+        alone = module.run(layers, x[image : image + 1], GRID)[0]
+        torch.testing.assert_close(alone, whole[image : image + 1])
+    other = module.run(layers, torch.randn(1, 41, 4), (5, 8))[0]
+    assert other.shape == (1, 41, 4)
+    again = adaptive()
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again.run(layers, x, GRID)[0], whole)
+
+
+def test_adaptive_weights_are_trained() -> None:
+    module = adaptive()
+    x = torch.randn(2, 25, 4, requires_grad=True)
+    module.run([Block() for _ in range(3)], x, GRID)[
+        0
+    ].square().sum().backward()
+    assert (module.restore_weight.grad != 0).any()
+    assert (module.merge_weight.grad != 0).any()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_adaptive_groups_need_a_form_they_fit() -> None:
+    assert compressor().adapt == 0  # without dims
+    assert adaptive(prune=0.1).adapt == 0
+    assert adaptive(restore='replace').adapt == 0
+    assert adaptive(builder='row_window').adapt == 0
+    assert adaptive(builder='row_window', adapt=1).adapt == 1
+    for options in (
+        dict(adapt=-1),
+        dict(adapt=1, prune=0.1),
+        dict(adapt=1, restore='replace'),
+        dict(adapt=1, builder='matching'),
+    ):
+        with pytest.raises(ValueError, match=r'adapt=-?1 must be 0'):
+            adaptive(scores=False, **options)

@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pm_seg.core.segments import (
+    image_gather,
+    image_sizes,
+    image_sum,
     make_segments,
     segment_gather,
     segment_sum,
@@ -132,7 +135,44 @@ def test_no_atomic_operations(monkeypatch) -> None:
     with Watch():
         z = segment_sum(x, weight, segments)
         out = segment_gather(z, weight, segments)
+        position = segments.slot.expand(2, -1)
+        z = image_sum(out, position, segments.num_slots)
+        out = image_gather(z, position)
         out.square().sum().backward()
     assert any('index_select' in name for name in seen)
     words = ('index_add', 'scatter', 'index_put', 'index_copy')
     assert not [n for n in seen if any(word in n for word in words)]
+
+
+@given(st.integers(0, 500), st.integers(1, 4), st.integers(1, 20))
+@settings(max_examples=40, deadline=None)
+def test_groups_of_each_image(seed: int, batch: int, tokens: int) -> None:
+    """Both ways of summing against loops; some groups stay empty."""
+    module = importlib.import_module('pm_seg.core.segments')
+    torch.manual_seed(seed)
+    count = tokens // 2 + 2
+    position = torch.randint(count - 1, (batch, tokens))
+    x = torch.randn(batch, tokens, 3, dtype=torch.float64)
+    expected = torch.zeros(batch, count, 3, dtype=torch.float64)
+    for image in range(batch):
+        for token in range(tokens):
+            expected[image, position[image, token]] += x[image, token]
+    torch.testing.assert_close(image_sum(x, position, count), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, '_use_bags', lambda x: False)
+        torch.testing.assert_close(image_sum(x, position, count), expected)
+    back = image_gather(expected, position)
+    for image in range(batch):
+        assert torch.equal(back[image], expected[image, position[image]])
+    sizes = image_sizes(x, position, count)
+    assert sizes.sum() == batch * tokens and not sizes[:, -1].any()
+
+
+def test_derivatives_with_groups_of_each_image() -> None:
+    torch.manual_seed(0)
+    position = torch.randint(4, (2, 9))
+    x = torch.randn(2, 9, 2, dtype=torch.float64, requires_grad=True)
+    z = torch.randn(2, 5, 2, dtype=torch.float64, requires_grad=True)
+    check = torch.autograd.gradcheck
+    assert check(lambda x: image_sum(x, position, 5), (x,))
+    assert check(lambda z: image_gather(z, position), (z,))

@@ -47,13 +47,33 @@ def test_dense_model(batch: int) -> None:
 )
 def test_sparse_maps_are_counted(restore: str, detail: int) -> None:
     """Merge and restore N C each; detail paths down and up, N and K."""
-    compression = dict(keep=0.5, layers=[1, 2], restore=restore, detail=detail)
-    model = backbone(compression)
+    model = backbone(
+        dict(
+            keep=0.5,
+            layers=[1, 2],
+            restore=restore,
+            detail=detail,
+            adapt=0,
+        )
+    )
     path = detail * 2 * (17 + 9) * DIMS
     expected = EMBED + block_macs(17)
     expected += 2 * (block_macs(1 + 8) + 2 * 17 * DIMS + path)
     images = torch.randn(1, 3, 64, 64)
     assert count_macs(lambda: model(images)) == expected
+
+
+@pytest.mark.parametrize('rounds', [1, 3])
+def test_adaptive_maps_are_counted(rounds: int) -> None:
+    """Sums of seeds, comparisons, sums of rounds, group sizes on top."""
+    options = dict(keep=0.5, layers=[1, 2], detail=0, adapt=rounds)
+    model = backbone(options)
+    find = 17 * DIMS + rounds * 16 * 8 * DIMS + (rounds - 1) * 16 * DIMS + 17
+    own = 2 * 17 * DIMS + find
+    expected = EMBED + block_macs(17) + 2 * (block_macs(1 + 8) + own)
+    images = torch.randn(1, 3, 64, 64)
+    assert count_macs(lambda: model(images)) == expected
+    assert model.compressor.map_macs(8) == own
 
 
 def test_dense_matrices_are_counted() -> None:

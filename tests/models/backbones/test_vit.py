@@ -129,7 +129,7 @@ def test_full_maps_of_any_size(cls_token, restore, builder, size) -> None:
         for n, p in backbone.named_parameters()
         if p.grad is not None
     )
-    assert backbone.compressor.merge_weight.grad.abs().sum() > 0
+    assert backbone.compressor.restore_weight.grad.abs().sum() > 0
 
 
 def test_compression_runs_on_fewer_tokens() -> None:

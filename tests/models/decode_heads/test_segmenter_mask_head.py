@@ -73,7 +73,8 @@ def test_class_embeddings_are_prefix_tokens() -> None:
     head = build(dict(grid=(4, 6), keep=0.5))
     assert head.compressor.num_prefix == 5
     for token_map in head.compressor.token_maps((4, 6)):
-        assert token_map.slot[:5].tolist() == [0, 1, 2, 3, 4]
+        slot = token_map.segments.slot
+        assert slot[:5].tolist() == [0, 1, 2, 3, 4]
         assert (token_map.merge_weight[:5] == 1).all()
 
 
