@@ -8,6 +8,6 @@ _base_ = [
 model = dict(
     type='DistilledImageClassifier',
     teacher=dict(alpha=1.0, tau=1.0),
-    backbone=dict(compression=dict(keep=0.7)),
+    backbone=dict(compression=dict(keep=0.7, builder='matching')),
 )
 load_from = 'checkpoints/vit-tiny_in1k.pth'

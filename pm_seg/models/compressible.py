@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from mmengine.logging import print_log
@@ -38,6 +38,9 @@ class CompressibleMixin:
     #: Prefixes of entries which mean another model if they are unexpected.
     own_keys: tuple[str, ...] = ('layers.', 'compressor.')
 
+    #: Options of 'prune_merge' where a ``compression`` dict is silent.
+    default_compression: Mapping[str, object] = {}
+
     def build_compressor(
         self, compression: dict | None, grid: Grid, num_prefix: int
     ) -> None:
@@ -62,7 +65,10 @@ class CompressibleMixin:
                 f'{tuple(COMPRESSIONS)}'
             )
         if kind == 'prune_merge':
-            options.setdefault('checkpoint', self.layers[0].with_cp)
+            defaults = dict(
+                self.default_compression, checkpoint=self.layers[0].with_cp
+            )
+            options = defaults | options
         try:
             self.compressor = COMPRESSIONS[kind](
                 depth=len(self.layers), num_prefix=num_prefix, **options

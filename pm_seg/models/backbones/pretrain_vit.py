@@ -102,7 +102,8 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         compression (dict, optional): Options of
             :class:`pm_seg.core.TokenCompressor`, for example
             ``dict(keep=0.7, layers=range(4, 12))``. None is the dense model.
-            Defaults to None.
+            ``adapt`` is 0 here unless it is given: groups of very different
+            sizes change what a class token attends to. Defaults to None.
         **kwargs: See the base class; by keyword from the fourth on.
 
     Raises:
@@ -116,6 +117,8 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         ...         arch='deit-small',
         ...         compression=dict(keep=0.7)))
     """
+
+    default_compression = {'adapt': 0}
 
     def __init__(
         self,
