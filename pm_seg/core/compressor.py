@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .base import Compressor, LayerOutputs
 from .budget import BUDGETS, LEVELS, allocate
 from .centres import CENTRES, select_centres, top_mask
-from .matching import sketch_dims
+from .matching import NEIGHBOURS, neighbours, sketch_dims
 from .segments import Segments, make_segments
 from .structure import (
     BUILDERS,
@@ -52,6 +52,8 @@ class _Layout:
         num_groups (tuple[int, ...]): K of each layer.
         any_pruned (tuple[bool, ...]): Whether a layer has pruned tokens.
         merge, restore (Tensor): Initial weights, (depth, N).
+        candidates (tuple[Tensor, ...]): Groups that each token of a layer
+            can go to, (N, 9); none for static groups.
     """
 
     segments: tuple[Segments, ...]
@@ -60,6 +62,7 @@ class _Layout:
     any_pruned: tuple[bool, ...]
     merge: Tensor
     restore: Tensor
+    candidates: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -377,9 +380,11 @@ class TokenCompressor(Compressor):
         if not self.uses_scores:
             macs += (self.num_tokens // 2) ** 2 * self.dims
         if self.adapt:
-            compared = self.adapt * self.num_tokens * groups
-            summed = tokens + (self.adapt - 1) * self.num_tokens
-            macs += (compared + summed) * sketch_dims(self.dims) + tokens
+            dims = sketch_dims(self.dims)
+            compared = self.adapt * (NEIGHBOURS * dims + 1)
+            summed = (self.adapt - 1) * dims
+            macs += self.num_tokens * (compared + summed)
+            macs += tokens * (dims + 1)
         return macs
 
     @property
@@ -674,6 +679,7 @@ class TokenCompressor(Compressor):
                     merge[layer],
                     restore[layer],
                     self.signs,
+                    layout.candidates[layer],
                     self.adapt,
                     self._detail(layer),
                 )
@@ -832,14 +838,18 @@ class TokenCompressor(Compressor):
                 alive = int((group[layer] != PRUNED).sum())
                 live.append(min(max(round(alive * share), centres[-1]), total))
             group = self._groups(self._normalised(scores), centres, live, grid)
-        layout = self._make_layout(group, scores, device)
+        layout = self._make_layout(group, scores, grid, device)
         self._layouts[grid, str(device)] = layout
         while len(self._layouts) > self.max_cached_layouts:
             self._layouts.popitem(last=False)
         return layout
 
     def _make_layout(
-        self, group: Tensor, scores: Tensor, device: torch.device
+        self,
+        group: Tensor,
+        scores: Tensor,
+        grid: Grid,
+        device: torch.device,
     ) -> _Layout:
         if self.adapt:  # a mean over groups of any size
             weights = [(torch.ones_like(row),) * 2 for row in scores]
@@ -850,6 +860,15 @@ class TokenCompressor(Compressor):
             ]
         live = F.pad(group != PRUNED, (self.num_prefix, 0), value=True)
         segments = [make_segments(row, self.num_prefix) for row in group]
+        candidates = [
+            neighbours(
+                part.slot[self.num_prefix :] - self.num_prefix,
+                part.num_slots - self.num_prefix,
+                grid,
+            )
+            for part in segments
+            if self.adapt
+        ]
         return _Layout(
             segments=tuple(part.to(device) for part in segments),
             live=live.to(device),
@@ -857,6 +876,7 @@ class TokenCompressor(Compressor):
             any_pruned=tuple((~live).any(1).tolist()),
             merge=torch.stack([m for m, _ in weights]).to(device),
             restore=torch.stack([r for _, r in weights]).to(device),
+            candidates=tuple(part.to(device) for part in candidates),
         )
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from .structure import Grid
 
 WINDOW = 4  # tokens of a 2x2 window
 SKETCH = 64  # channels that tokens are compared in
+NEIGHBOURS = 9  # groups that a token can move to
 
 
 def match(metric: Tensor, count: int) -> Tensor:
@@ -150,28 +151,58 @@ def sketch(x: Tensor, signs: Tensor) -> Tensor:
     return folded.float().sum(2)
 
 
-@torch.no_grad()
-def assign(metric: Tensor, seeds: Tensor, rounds: int) -> Tensor:
-    """Move each token to the group it is most similar to.
+def neighbours(slot: Tensor, count: int, grid: Grid) -> Tensor:
+    """Groups around each token: its own and those of 8 points around it.
 
-    Spherical k-means: in each round tokens go to the group whose sum has
-    the highest cosine with them, and sums are taken anew.
+    The points are as far away as groups are wide on average.
+
+    Args:
+        slot (Tensor): Group of each token, int64, (N,).
+        count (int): Number of groups.
+        grid (tuple[int, int]): Height and width, N = h * w.
+
+    Returns:
+        Tensor: int64, (N, 9), the own group in the middle.
+    """
+    height, width = grid
+    step = max(round((height * width / count) ** 0.5), 1)
+    offsets = torch.tensor([-step, 0, step])
+    rows = (torch.arange(height)[:, None] + offsets).clamp(0, height - 1)
+    columns = (torch.arange(width)[:, None] + offsets).clamp(0, width - 1)
+    points = rows[:, None, :, None] * width + columns[None, :, None, :]
+    return slot[points.flatten(2).flatten(0, 1)]
+
+
+@torch.no_grad()
+def assign(
+    metric: Tensor, seeds: Tensor, candidates: Tensor, rounds: int
+) -> Tensor:
+    """Move each token to the most similar of the groups around it.
+
+    Spherical k-means with a limited reach, as superpixels are found (Achanta
+    et al., "SLIC Superpixels", PAMI 2012): in each round tokens go to the
+    group whose sum has the highest cosine with them, and sums are taken anew.
 
     Args:
         metric (Tensor): float32, (B, N, D).
         seeds (Tensor): Sums of the groups to start from, (B, K, D).
+        candidates (Tensor): Groups a token can go to, int64, (N, J).
         rounds (int): At least 1.
 
     Returns:
         Tensor: Group of each token, int64, (B, N). Groups can be empty.
     """
-    with torch.autocast(metric.device.type, enabled=False):
-        position = _nearest(metric, seeds)
-        for _ in range(rounds - 1):
-            seeds = image_sum(metric, position, seeds.shape[1])
-            position = _nearest(metric, seeds)
+    position = _nearest(metric, seeds, candidates)
+    for _ in range(rounds - 1):
+        seeds = image_sum(metric, position, seeds.shape[1])
+        position = _nearest(metric, seeds, candidates)
     return position
 
 
-def _nearest(metric: Tensor, seeds: Tensor) -> Tensor:
-    return (metric @ F.normalize(seeds, dim=-1).mT).argmax(-1)
+def _nearest(metric: Tensor, seeds: Tensor, candidates: Tensor) -> Tensor:
+    seeds = F.normalize(seeds, dim=-1).index_select(1, candidates.flatten())
+    seeds = seeds.unflatten(1, candidates.shape)
+    similarity = (seeds * metric.unsqueeze(2)).sum(-1)  # (B, N, J)
+    choice = similarity.argmax(-1, keepdim=True)
+    candidates = candidates.expand(len(metric), -1, -1)
+    return candidates.gather(2, choice).squeeze(2)

@@ -257,15 +257,17 @@ class SimilarityMap:
 class AdaptiveMap:
     """Static groups that follow the content of every image.
 
-    Each token moves to the group whose members it is most similar to, as in
-    k-means, with the static groups as the start: the grid stays covered, and
-    borders move to where the image has them.
+    Each token moves to the most similar of the groups around it, as in
+    superpixels, with the static groups as the start: the grid stays covered,
+    and borders move to where the image has them.
 
     Attributes:
         segments (Segments): The static groups, of P+N tokens in P+K.
         num_prefix (int): P.
         merge_weight, restore_weight (Tensor): ``m`` and ``r``, (P+N,).
         signs (Tensor): Of the sketch tokens are compared in, (C,).
+        candidates (Tensor): Groups each patch token can go to, numbered
+            0..K-1, int64, (N, J).
         rounds (int): Times that tokens move.
         detail (tuple[Tensor, Tensor], optional): See :class:`TokenMap`.
     """
@@ -275,6 +277,7 @@ class AdaptiveMap:
     merge_weight: Tensor
     restore_weight: Tensor
     signs: Tensor
+    candidates: Tensor
     rounds: int
     detail: tuple[Tensor, Tensor] | None = None
 
@@ -296,7 +299,12 @@ class AdaptiveMap:
             seeds = segment_sum(
                 metric, torch.ones_like(metric[0, :, 0]), self.segments
             )
-            group = assign(metric[:, prefix:], seeds[:, prefix:], self.rounds)
+            group = assign(
+                metric[:, prefix:],
+                seeds[:, prefix:],
+                self.candidates,
+                self.rounds,
+            )
         return ImageMap(
             _with_prefix(group, prefix),
             self.num_slots,

@@ -353,7 +353,7 @@ def test_adaptive_groups_follow_the_image(rounds: int) -> None:
         return (torch.stack(means) - x).square().sum()
 
     before = spread_out(static.slot.expand(2, -1))
-    assert spread_out(moved.position) < 0.2 * before
+    assert spread_out(moved.position) < 0.4 * before
     z = moved.merge(x)
     torch.testing.assert_close(moved.restore(x, z, z), x)
     used = z[0][moved.position[0]]

@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pm_seg.core.matching import SKETCH, assign, sketch, sketch_dims
+from pm_seg.core.matching import (
+    SKETCH,
+    assign,
+    neighbours,
+    sketch,
+    sketch_dims,
+)
+
+EVERY = torch.arange(10).expand(80, -1)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +56,12 @@ def test_tokens_move_to_the_most_similar_group() -> None:
     metric = directions[kind] + 0.05 * torch.randn(3, 50, 16)
     metric = metric * torch.rand(3, 50, 1).add(0.1)  # only angles count
     seeds = 7 * directions.expand(3, -1, -1)
-    assert torch.equal(assign(metric, seeds, 1), kind)
+    every = torch.arange(6).expand(50, -1)
+    assert torch.equal(assign(metric, seeds, every, 1), kind)
+    two = torch.tensor([2, 5]).expand(50, -1)
+    moved = assign(metric, seeds, two, 1)
+    assert set(moved.unique().tolist()) == {2, 5}
+    assert torch.equal(moved[kind == 2], kind[kind == 2])
 
 
 def test_rounds_tighten_the_groups() -> None:
@@ -57,10 +70,22 @@ def test_rounds_tighten_the_groups() -> None:
     seeds = metric[:, :10]
 
     def fit(rounds: int) -> float:
-        group = assign(metric, seeds, rounds)
+        group = assign(metric, seeds, EVERY, rounds)
         sums = torch.zeros(2, 10, 8)
         sums.scatter_add_(1, group.unsqueeze(-1).expand_as(metric), metric)
         return sums.norm(dim=-1).sum().item()  # summed cosine to the mean
 
     fits = [fit(rounds) for rounds in (1, 2, 4, 8)]
     assert fits == sorted(fits) and fits[-1] > 1.02 * fits[0]
+
+
+def test_neighbours_are_the_groups_around() -> None:
+    slot = (
+        torch.arange(36).view(6, 6) // 2 % 3
+        + torch.arange(6)[:, None] // 2 * 3
+    )
+    slot = slot.flatten()  # 2x2 squares in a 3x3 layout
+    near = neighbours(slot, 9, (6, 6)).view(6, 6, 9)
+    assert sorted(near[2, 2].tolist()) == list(range(9))
+    assert near[0, 0].tolist() == [0, 0, 1, 0, 0, 1, 3, 3, 4]
+    assert torch.equal(near[..., 4].flatten(), slot)

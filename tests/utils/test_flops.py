@@ -65,10 +65,11 @@ def test_sparse_maps_are_counted(restore: str, detail: int) -> None:
 
 @pytest.mark.parametrize('rounds', [1, 3])
 def test_adaptive_maps_are_counted(rounds: int) -> None:
-    """Sums of seeds, comparisons, sums of rounds, group sizes on top."""
+    """Sums of seeds, comparisons, choice, sums of rounds, sizes on top."""
     options = dict(keep=0.5, layers=[1, 2], detail=0, adapt=rounds)
     model = backbone(options)
-    find = 17 * DIMS + rounds * 16 * 8 * DIMS + (rounds - 1) * 16 * DIMS + 17
+    find = 17 * DIMS + rounds * 16 * (9 * DIMS + 1) + 17
+    find += (rounds - 1) * 16 * DIMS
     own = 2 * 17 * DIMS + find
     expected = EMBED + block_macs(17) + 2 * (block_macs(1 + 8) + own)
     images = torch.randn(1, 3, 64, 64)
