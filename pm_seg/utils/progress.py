@@ -48,7 +48,7 @@ class TimeLeft:
         if done <= self.start:
             return ''
         left = spent / (done - self.start) * (total - done)
-        return f'{duration(left)} left'
+        return f'{duration(max(left, 1))} left'
 
 
 class ProgressReporter:
