@@ -21,12 +21,13 @@ WARNING_NOISE = (
 )
 
 #: Beginnings of log records of mmengine that are for the log file alone:
-#: hundreds of lines about the environment, the config and the hooks, and
-#: warnings about how the shipped evaluators and mmengine itself are written.
+#: hundreds of lines about the environment, the config, the hooks and the
+#: optimiser's parameters, and warnings about how the shipped evaluators and mmengine itself are written.
 LOG_NOISE = (
     f'\n{"-" * 60}\nSystem environment:',
     'Config:\n',
     'Hooks will be executed in the following order',
+    'paramwise_options -- ',
     'Distributed training is not used, all SyncBatchNorm',
     'The prefix is not set in metric class',
     '"FileClient" will be deprecated in future',

@@ -90,7 +90,8 @@ def test_compress_then_test_then_train(work: Path, scenes: Path) -> None:
     )  # fmt: skip
     assert 'Scoring batches' in out.stderr
     check_console(out)
-    assert max(map(len, out.stdout.splitlines())) < 80
+    table = [line for line in out.stdout.splitlines() if line[:2] == '  ']
+    assert len(table) > 5 and max(map(len, table)) < 80
     assert re.search(r'1 +4 +0 +25%', out.stdout), out.stdout
     state = read_checkpoint(work / 'pm.pth')['state_dict']
     assert int(state['backbone.compressor.group'][1].max()) == 3
