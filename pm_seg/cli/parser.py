@@ -52,14 +52,19 @@ def make_parser(
 
 def _command(prog: str, arguments: str) -> list[str]:
     """The command in lines that fit, to be pasted into a shell."""
-    lines = [f'  python tools/{prog}']
+    parts: list[str] = []  # a flag and its values stay together
     for word in shlex.split(arguments):
-        quoted = shlex.quote(word)
-        if len(lines[-1]) + 1 + len(quoted) + 2 > WIDTH:
-            lines[-1] += ' \\'
-            lines.append(f'      {quoted}')
+        if parts and parts[-1][0] == '-' and word[0] != '-':
+            parts[-1] += f' {shlex.quote(word)}'
         else:
-            lines[-1] += f' {quoted}'
+            parts.append(shlex.quote(word))
+    lines = [f'  python tools/{prog}']
+    for part in parts:
+        if len(lines[-1]) + 1 + len(part) + 2 > WIDTH:
+            lines[-1] += ' \\'
+            lines.append(f'      {part}')
+        else:
+            lines[-1] += f' {part}'
     return lines
 
 

@@ -22,7 +22,8 @@ WARNING_NOISE = (
 
 #: Beginnings of log records of mmengine that are for the log file alone:
 #: hundreds of lines about the environment, the config, the hooks and the
-#: optimiser's parameters, and warnings about how the shipped evaluators and mmengine itself are written.
+#: optimiser's parameters, and warnings about how mmengine and mmseg are
+#: written themselves.
 LOG_NOISE = (
     f'\n{"-" * 60}\nSystem environment:',
     'Config:\n',
