@@ -5,15 +5,20 @@ Importing the package registers its modules with mmseg, so a config needs
 and numpy alone; without OpenMMLab installed only that part is there.
 """
 
-import warnings
+import sys
 from importlib.util import find_spec
 
 from .version import __version__
 
-if find_spec('mmseg') is not None:
-    with warnings.catch_warnings():
-        # mmcv without compiled operators; pm_seg needs none.
-        warnings.filterwarnings('ignore', message='Fail to import')
+# "python -m pm_seg.env" has to speak where nothing else can be imported.
+_only_env = sys.orig_argv[1:3] == ['-m', 'pm_seg.env']
+
+if find_spec('mmseg') is not None and not _only_env:
+    from .utils.quiet import quiet_imports
+
+    with quiet_imports():
+        import mmseg.datasets  # noqa: F401
+
         # These register their classes.
         from . import datasets, engine, models  # noqa: F401
         from .utils.checkpoints import allow_training_state

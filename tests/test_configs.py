@@ -35,6 +35,10 @@ def test_the_promised_configs_are_there() -> None:
         assert f'segmenter_vit-{size}_pm_ade20k.py' in CONFIGS
     assert 'segmenter_vit-t_camvid.py' in CONFIGS
     assert 'segmenter_vit-t_pm_camvid.py' in CONFIGS
+    for size in 'sl':
+        for data in ('cityscapes', 'pascal_context'):
+            assert f'segmenter_vit-{size}_{data}.py' in CONFIGS
+            assert f'segmenter_vit-{size}_pm_{data}.py' in CONFIGS
     for name in ('deit-tiny', 'deit-small', 'deit-base', 'vit-base-mae'):
         assert f'classification/{name}_pm_in1k.py' in CONFIGS
     for data in ('cifar10', 'in1k_samples'):

@@ -8,7 +8,6 @@ import gc
 import json
 import platform
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +30,12 @@ from ..utils.checkpoints import read_checkpoint
 from ..version import __version__
 from .common import (
     add_common_arguments,
+    command,
     fetch_checkpoint,
     load_config,
+    make_parser,
     quiet_warnings,
+    wrong_usage,
 )
 from .export_onnx import Predictor, export
 
@@ -52,15 +54,26 @@ METHODS: dict[str, dict] = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='benchmark.py',
-        description='Time the model of a config, dense and compressed to the '
-        'same share of its GMACs, in one process and in turns. Dense is the '
-        'same class with compression off, on fused attention. Merging, '
-        'matching and restoring are part of every figure.',
-        epilog='Example: python tools/benchmark.py '
-        'configs/segmenter_vit-s_pm_ade20k.py --batch-size 1 32 --dtype bf16 '
-        '--modes eager compiled --out speed.json --plot speed.png',
+    parser = make_parser(
+        'benchmark.py',
+        'Time the model of a config, dense and compressed to the same share '
+        'of its GMACs, in one process and in turns. Dense is the same class '
+        'with compression off, on fused attention. Merging, matching and '
+        'restoring are part of every figure.',
+        (
+            'on this machine, half of the GMACs, random weights',
+            'configs/segmenter_vit-s_pm_ade20k.py',
+        ),
+        (
+            'a GPU, two batch sizes, eager and compiled, with a picture',
+            'configs/segmenter_vit-s_pm_ade20k.py --batch-size 1 32 --dtype '
+            'bf16 --modes eager compiled --out speed.json --plot speed.png',
+        ),
+        (
+            'one compressed checkpoint against dense, in onnxruntime',
+            'configs/segmenter_vit-s_pm_ade20k.py pm.pth --methods ours '
+            '--modes onnx',
+        ),
     )
     parser.add_argument('config', help='a config with compression')
     parser.add_argument(
@@ -70,44 +83,82 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'weights are random and "ours" has its first third of blocks dense '
         'and the same budget in the others',
     )
-    parser.add_argument(
+    group = parser.add_argument_group('what is compared')
+    group.add_argument(
         '--share',
         type=float,
         default=0.5,
         help="share of the dense model's GMACs (default 0.5)",
     )
-    parser.add_argument(
+    group.add_argument(
         '--methods',
         nargs='+',
         choices=['ours', *METHODS],
         default=['ours', *METHODS],
+        metavar='METHOD',
+        help=f'of {", ".join(["ours", *METHODS])} (default all)',
     )
-    parser.add_argument('--batch-size', type=int, nargs='+', default=[1])
-    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'))
-    parser.add_argument(
-        '--dtype', nargs='+', choices=list(DTYPES), default=['fp32']
-    )
-    parser.add_argument(
+    group = parser.add_argument_group('settings; each combination is a table')
+    group.add_argument(
         '--modes',
         nargs='+',
         choices=MODES,
         default=['eager'],
-        help='cudagraph needs CUDA; onnx is onnxruntime on the CPU, fp32',
+        metavar='MODE',
+        help=f'of {", ".join(MODES)} (default eager); cudagraph needs CUDA, '
+        'onnx is onnxruntime on the CPU in fp32',
     )
-    parser.add_argument(
+    group.add_argument(
+        '--dtype',
+        nargs='+',
+        choices=list(DTYPES),
+        default=['fp32'],
+        metavar='DTYPE',
+        help=f'of {", ".join(DTYPES)} (default fp32)',
+    )
+    group.add_argument(
+        '--batch-size',
+        type=int,
+        nargs='+',
+        default=[1],
+        metavar='N',
+        help='images at a time (default 1)',
+    )
+    group.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help="image size; defaults to the config's",
+    )
+    group.add_argument(
         '--train',
         action='store_true',
         help='time forward and backward of a training step instead',
     )
-    parser.add_argument(
-        '--images', help='folder of images to use instead of random ones'
+    group = parser.add_argument_group('measuring')
+    group.add_argument(
+        '--rounds',
+        type=int,
+        default=15,
+        metavar='N',
+        help='how often each is timed, in turns (default 15)',
     )
-    parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument(
-        '--device', default='cuda' if torch.cuda.is_available() else 'cpu'
+    group.add_argument(
+        '--images',
+        metavar='DIR',
+        help='folder of images to use instead of random ones',
     )
-    parser.add_argument('--out', help='JSON file to write')
-    parser.add_argument('--plot', help='PNG file to draw: speed by GMACs')
+    group.add_argument(
+        '--device',
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='defaults to cuda if there is one',
+    )
+    group = parser.add_argument_group('output')
+    group.add_argument('--out', metavar='FILE', help='JSON file to write')
+    group.add_argument(
+        '--plot', metavar='FILE', help='PNG file to draw: speed by GMACs'
+    )
     add_common_arguments(parser)
     return parser.parse_args(argv)
 
@@ -382,16 +433,19 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
+@command()
 def main(argv: list[str] | None = None) -> list[dict]:
     """Entry point of ``tools/benchmark.py``; returns all rows."""
     args = parse_args(argv)
     quiet_warnings()
     if 'cudagraph' in args.modes and args.device != 'cuda':
-        sys.exit('--modes cudagraph needs a CUDA device')
+        wrong_usage('--modes cudagraph needs a CUDA device')
     if 'onnx' in args.modes and (
         args.train or args.device != 'cpu' or args.dtype != ['fp32']
     ):
-        sys.exit('--modes onnx times inference with --device cpu --dtype fp32')
+        wrong_usage(
+            '--modes onnx times inference with --device cpu --dtype fp32'
+        )
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     native = cfg.model.backbone.get('img_size', 224)

@@ -17,7 +17,7 @@ from ..utils import count_macs
 from ..utils.checkpoints import read_checkpoint
 from ..version import __version__
 from . import compress, test, train
-from .common import quiet_warnings
+from .common import command, make_parser, quiet_warnings
 
 DENSE = 'configs/segmenter_vit-t_camvid.py'
 COMPRESSED = 'configs/segmenter_vit-t_pm_camvid.py'
@@ -82,34 +82,66 @@ ROWS = _rows()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='camvid_table.py',
-        description='Fine-tune dense and compressed Segmenters on CamVid '
-        'from one dense checkpoint, at equal shares of the GMACs of the '
-        'encoder, and write one JSON line for each row and seed. Rows that '
-        'are in the file already are not run again.',
-        epilog='Example: python tools/camvid_table.py --data data/camvid '
-        '--checkpoint checkpoints/segmenter_vit-t_camvid.pth --out '
-        'results/camvid.jsonl',
+    parser = make_parser(
+        'camvid_table.py',
+        'Fine-tune dense and compressed Segmenters on CamVid from one dense '
+        'checkpoint, at equal shares of the GMACs of the encoder, and write '
+        'one JSON line for each row and seed. Rows that are in the file '
+        'already are not run again.',
+        (
+            'two rows without training, one seed',
+            "--rows 'ours 50%' 'ToMe-style 50%' --iters 0 --seeds 0",
+        ),
+        ('everything, 700 iterations and three seeds each', ''),
     )
-    parser.add_argument('--data', default='data/camvid')
-    parser.add_argument(
-        '--checkpoint', default='checkpoints/segmenter_vit-t_camvid.pth'
+    group = parser.add_argument_group('files')
+    for name, default, what in (
+        ('data', 'data/camvid', 'folder of CamVid'),
+        (
+            'checkpoint',
+            'checkpoints/segmenter_vit-t_camvid.pth',
+            'dense checkpoint to start from',
+        ),
+        ('out', 'results/camvid.jsonl', 'file to add the rows to'),
+        ('work-dir', 'work_dirs/camvid_table', 'logs and checkpoints'),
+    ):
+        group.add_argument(
+            f'--{name}',
+            default=default,
+            metavar='PATH',
+            help=f'{what} (default {default})',
+        )
+    group = parser.add_argument_group('what to run')
+    group.add_argument(
+        '--iters',
+        type=int,
+        default=700,
+        metavar='N',
+        help='iterations of fine-tuning, 0 for no training at all (default '
+        '700)',
     )
-    parser.add_argument('--out', default='results/camvid.jsonl')
-    parser.add_argument('--work-dir', default='work_dirs/camvid_table')
-    parser.add_argument(
-        '--iters', type=int, default=700, help='0 for no training at all'
+    group.add_argument(
+        '--seeds',
+        type=int,
+        nargs='+',
+        default=[0, 1, 2],
+        metavar='N',
+        help='(default 0 1 2)',
     )
-    parser.add_argument('--workers', type=int, default=2)
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument(
+    group.add_argument(
+        '--workers',
+        type=int,
+        default=2,
+        metavar='N',
+        help='processes that load images (default 2)',
+    )
+    group.add_argument(
         '--rows',
         nargs='+',
         choices=list(ROWS),
         default=ROWS,
         metavar='ROW',
-        help=', '.join(ROWS).replace('%', '%%'),
+        help='; '.join(ROWS).replace('%', '%%') + ' (default all)',
     )
     return parser.parse_args(argv)
 
@@ -237,6 +269,7 @@ def table(results: Iterable[dict]) -> Table:
     return out
 
 
+@command('The same command goes on with the rows that are missing.')
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/camvid_table.py``."""
     args = parse_args(argv)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +16,38 @@ from urllib.parse import urlparse
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.runner import Runner
+
+from ..utils.quiet import is_for_people, quiet_warnings
+from .parser import command, make_parser, wrong_usage
+
+__all__ = [
+    'ToolRunner',
+    'add_common_arguments',
+    'check_checkpoints',
+    'check_data',
+    'command',
+    'fetch_checkpoint',
+    'fix_teacher',
+    'join_cpu_processes',
+    'latest_intact_checkpoint',
+    'load_config',
+    'make_parser',
+    'packaged_configs',
+    'prepare_resume',
+    'quiet_warnings',
+    'resolve_config',
+    'wrong_usage',
+]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 _DATASET_HELP = {
     'ADE20KDataset': (
-        'ADE20K: unpack ADEChallengeData2016.zip (MIT Scene Parsing '
-        'Benchmark) so that images/ and annotations/ lie in the data root.'
+        'ADE20K: "python tools/prepare_ade20k.py" downloads and unpacks '
+        'ADEChallengeData2016.zip, so that images/ and annotations/ lie in '
+        'the data root.'
     ),
     'CamVidDataset': (
         'CamVid: put images/{train,val,test} and annotations/'
@@ -32,6 +57,18 @@ _DATASET_HELP = {
         'ImageNet: put train/ and val/, with a folder of pictures for each '
         'class, in the data root; or pictures and the annotation file the '
         'config names.'
+    ),
+    'CityscapesDataset': (
+        'Cityscapes: unpack leftImg8bit_trainvaltest.zip and '
+        'gtFine_trainvaltest.zip in the data root, then make the '
+        '*_labelTrainIds.png: pip install cityscapesscripts; '
+        'CITYSCAPES_DATASET=DATA_ROOT csCreateTrainIdLabelImgs'
+    ),
+    'PascalContextDataset': (
+        'Pascal Context: put JPEGImages of VOC2010, SegmentationClassContext '
+        'and ImageSets/SegmentationContext in the data root; '
+        'tools/dataset_converters/pascal_context.py of mmsegmentation makes '
+        'the latter two.'
     ),
     'CustomDataset': 'Put a folder of pictures for each class there.',
 }
@@ -76,23 +113,43 @@ def resolve_config(name: str) -> str:
     )
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--work-dir``, ``--cfg-options`` and ``--launcher``, as in mmseg."""
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
-    parser.add_argument(
+def add_common_arguments(
+    parser: argparse.ArgumentParser, runs: bool = False
+) -> None:
+    """``--work-dir``, ``--cfg-options`` and ``--launcher``, as in mmseg.
+
+    Args:
+        parser (argparse.ArgumentParser): What to add them to.
+        runs (bool): Whether the tool is a run of mmengine. The others take
+            ``--work-dir`` and ``--launcher`` too, but do not show them.
+            Defaults to False.
+    """
+    group = parser.add_argument_group('config and run, as in mmseg')
+    group.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='override config settings, key=value pairs with dots for nested '
-        'keys: train_dataloader.batch_size=2 model.backbone.compression.'
-        'keep=0.5. Lists are key="[a,b]" or key=a,b. data_root=DIR sets the '
-        'data root of all dataloaders',
+        metavar='KEY=VALUE',
+        help='override config settings, with dots for nested keys: '
+        'train_dataloader.batch_size=2 model.backbone.compression.keep=0.5. '
+        'Lists are key="[a,b]" or key=a,b. data_root=DIR sets the data root '
+        'of all dataloaders',
     )
-    parser.add_argument(
+    group.add_argument(
+        '--work-dir',
+        metavar='DIR',
+        help='folder for logs and checkpoints (default work_dirs/CONFIG)'
+        if runs
+        else argparse.SUPPRESS,
+    )
+    group.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='job launcher',
+        help='how several processes were started; tools/dist_train.sh and '
+        'tools/slurm_train.sh set it'
+        if runs
+        else argparse.SUPPRESS,
     )
     parser.add_argument(
         '--local_rank',
@@ -127,6 +184,25 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
+
+
+class ToolRunner(Runner):
+    """mmengine's runner, with a console for people.
+
+    The environment, the config and the order of the hooks go to the log file
+    alone, see :data:`pm_seg.utils.quiet.LOG_NOISE`.
+    """
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.addFilter(is_for_people)
+        logger.info(
+            f'Config, environment and log: {self._log_dir}/{self.timestamp}'
+            '.log'
+        )
+        return logger
 
 
 def join_cpu_processes(cfg: Config) -> None:
@@ -170,7 +246,10 @@ def _data_paths(dataset: ConfigDict) -> list[Path]:
     root = Path(dataset.data_root or '.')
     prefix = dataset.get('data_prefix') or ''
     if isinstance(prefix, dict):
-        return [root / folder for folder in prefix.values()]
+        paths = [root / folder for folder in prefix.values()]
+        if dataset.get('ann_file'):
+            paths.append(root / dataset.ann_file)
+        return paths
     if dataset.get('type') not in ('ImageNet', 'CustomDataset'):
         return []  # may download itself
     paths = [root / (prefix or dataset.get('split') or '')]
@@ -327,15 +406,3 @@ def check_checkpoints(cfg: Config) -> None:
     init_cfg = (model.get('backbone') or {}).get('init_cfg')
     if isinstance(init_cfg, dict) and init_cfg.get('checkpoint'):
         init_cfg.checkpoint = fetch_checkpoint(init_cfg.checkpoint)
-
-
-def quiet_warnings() -> None:
-    """Hide start-up warnings of dependencies that no user can act on."""
-    for pattern in (
-        'Default ``avg_non_ignore`` is False',
-        'The draw is False',
-        '.*has been created, the method `get_instance`',
-        '.*`reduce_zero_label` will be deprecated',
-        r'.*`lr_scheduler.step\(\)` before `optimizer.step',
-    ):
-        warnings.filterwarnings('ignore', message=pattern)

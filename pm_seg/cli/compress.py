@@ -21,41 +21,55 @@ from ..version import __version__
 from .common import (
     add_common_arguments,
     check_data,
+    command,
     fetch_checkpoint,
     load_config,
+    make_parser,
     quiet_warnings,
+    wrong_usage,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='compress.py',
-        description='Gather scores on training images, find the structure of '
-        'each layer and write a compressed checkpoint, ready for test.py or '
-        'for fine-tuning. A checkpoint that has scores already is not '
-        'scored again.',
-        epilog='Example: python tools/compress.py '
-        'configs/segmenter_vit-t_pm_camvid.py dense.pth --out pm.pth '
-        '--keep 0.7',
+    parser = make_parser(
+        'compress.py',
+        'Gather scores on training images, find the structure of each layer '
+        'and write a compressed checkpoint, ready for test.py or for '
+        'fine-tuning. Nothing is trained. A checkpoint that has scores '
+        'already is not scored again, so trying another --keep takes '
+        'seconds.',
+        (
+            'keep 70 % of the tokens',
+            'configs/segmenter_vit-t_pm_camvid.py dense.pth --out pm.pth '
+            '--keep 0.7',
+        ),
+        (
+            'half of the cost of the dense model',
+            'configs/segmenter_vit-t_pm_camvid.py dense.pth --out pm.pth '
+            '--target share=0.5',
+        ),
     )
     parser.add_argument('config', help='a config with compression')
     parser.add_argument('checkpoint', help='dense or compressed checkpoint')
     parser.add_argument('--out', required=True, help='checkpoint to write')
-    parser.add_argument(
+    group = parser.add_argument_group('how much to keep')
+    group.add_argument(
         '--keep', type=float, help='share of the tokens to keep, in (0, 1]'
     )
-    parser.add_argument(
+    group.add_argument(
         '--target',
         metavar='KIND=VALUE',
         help='a budget instead of keep, with KIND one of '
         f'{", ".join(TARGETS)}: share=0.7 is 70 %% of the dense GMACs',
     )
-    parser.add_argument(
+    group = parser.add_argument_group('measuring')
+    group.add_argument(
         '--score-iters',
         type=int,
+        metavar='N',
         help="training batches to score; defaults to the config's hook",
     )
-    parser.add_argument(
+    group.add_argument(
         '--device',
         default='cuda' if torch.cuda.is_available() else 'cpu',
         help='defaults to cuda if there is one',
@@ -89,9 +103,10 @@ def _target(text: str | None) -> dict[str, float] | None:
     try:
         return dict([check_target({kind: float(value)})])
     except ValueError as error:
-        raise SystemExit(f'--target {text}: {error}') from None
+        wrong_usage(f'--target {text}: {error}')
 
 
+@command('No checkpoint was written.')
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/compress.py``."""
     args = parse_args(argv)

@@ -14,17 +14,25 @@ from ..convert import (
 )
 from ..convert.keys import pair
 from ..convert.results import NORMALIZATIONS, config_path
-from .common import quiet_warnings
+from ..utils.quiet import quiet_warnings
+from .parser import command, make_parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='convert_checkpoint.py',
-        description='Convert a checkpoint of another code base. Writes a '
-        'checkpoint and, beside it with the ending .py, the config of the '
-        'model. Code in the input is never run.',
-        epilog='Example: python tools/convert_checkpoint.py segmenter '
-        'seg_small_mask/checkpoint.pth checkpoints/seg_small.pth',
+    parser = make_parser(
+        'convert_checkpoint.py',
+        'Convert a checkpoint of another code base. Writes a checkpoint and, '
+        'beside it with the ending .py, the config of the model. Code in the '
+        'input is never run.',
+        (
+            'the Segmenter repository',
+            'segmenter seg_small_mask/checkpoint.pth '
+            'checkpoints/seg_small.pth',
+        ),
+        (
+            "a ViT with timm's names",
+            'timm vit_tiny_patch16_224.npz checkpoints/vit-tiny_in1k.pth',
+        ),
     )
     parser.add_argument(
         'kind',
@@ -35,20 +43,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('input', help='.pth, .npz or .safetensors file')
     parser.add_argument('output', help='checkpoint to write, *.pth')
-    parser.add_argument(
+    group = parser.add_argument_group('what the input does not say')
+    group.add_argument(
         '--num-heads',
         type=int,
+        metavar='N',
         help='heads of the encoder, if the input does not say; defaults to '
         '64 channels each',
     )
-    parser.add_argument(
+    group.add_argument(
         '--img-size',
         type=int,
         nargs='+',
         metavar=('HEIGHT', 'WIDTH'),
         help='image size of the position embedding; defaults to a square',
     )
-    parser.add_argument(
+    group.add_argument(
         '--normalization',
         choices=NORMALIZATIONS,
         help='pixel mean and std the model was trained with: 127.5 (vit) or '
@@ -57,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command('Nothing was written.')
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/convert_checkpoint.py``."""
     args = parse_args(argv)

@@ -20,19 +20,28 @@ from ..datasets.scenes import CLASS_IDS
 from ..utils import count_macs, median, time_interleaved
 from ..visualization import draw_groups, paint_labels, save_panels
 from . import compress, make_scenes, test, train
-from .common import quiet_warnings, resolve_config
+from .common import command, make_parser, quiet_warnings, resolve_config
 
 BATCH = 8
 console = Console(width=80, highlight=False)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='demo.py',
-        description='Draw a small dataset, train a Segmenter on it, compress '
-        'it, fine-tune it, and compare both in accuracy and speed.',
+    parser = make_parser(
+        'demo.py',
+        'Draw a small dataset, train a Segmenter on it, compress it, '
+        'fine-tune it, and compare both in accuracy and speed. Shows the '
+        'commands that do the same. 8 minutes on two CPU cores.',
+        ('the whole story', ''),
+        ('only see that everything runs', '--quick'),
     )
-    parser.add_argument('--work-dir', default='work_dirs/demo')
+    parser.add_argument(
+        '--work-dir',
+        metavar='DIR',
+        default='work_dirs/demo',
+        help='folder for data, checkpoints and pictures (default '
+        'work_dirs/demo)',
+    )
     parser.add_argument(
         '--quick',
         action='store_true',
@@ -135,6 +144,7 @@ def _table(results: dict[str, dict[str, float]]) -> Table:
     return table
 
 
+@command()
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/demo.py``."""
     args = parse_args(argv)

@@ -16,44 +16,62 @@ from torch import Tensor, nn
 from ..utils.files import whole_files
 from .common import (
     add_common_arguments,
+    command,
     fetch_checkpoint,
     load_config,
+    make_parser,
     quiet_warnings,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='export_onnx.py',
-        description='Write a model as ONNX, from normalised images (B, 3, H, '
-        'W) to class logits, with fixed B, H and W, and compare it with '
-        'PyTorch in onnxruntime. Needs: pip install onnx onnxscript '
-        'onnxruntime.',
-        epilog='Example: python tools/export_onnx.py '
-        'configs/segmenter_vit-s_pm_ade20k.py pm.pth --out pm.onnx',
+    parser = make_parser(
+        'export_onnx.py',
+        'Write a model as ONNX, from normalised images (B, 3, H, W) to class '
+        'logits, with fixed B, H and W, and compare it with PyTorch in '
+        'onnxruntime. Exit code 1 if they differ too much. Needs: pip '
+        'install onnx onnxscript onnxruntime.',
+        (
+            "the config's image size, one image at a time",
+            'configs/segmenter_vit-s_pm_ade20k.py pm.pth --out pm.onnx',
+        ),
+        (
+            'another size, logits of the patch grid',
+            'configs/segmenter_vit-s_pm_ade20k.py pm.pth --out pm.onnx '
+            '--size 384 640 --logits patches',
+        ),
     )
     parser.add_argument('config', help='dense or compressed')
     parser.add_argument('checkpoint', help='that fits the config')
     parser.add_argument('--out', required=True, help='.onnx file to write')
-    parser.add_argument(
+    group = parser.add_argument_group('input and output of the model')
+    group.add_argument(
         '--size',
         type=int,
         nargs=2,
         metavar=('H', 'W'),
         help="image size; defaults to the backbone's img_size",
     )
-    parser.add_argument('--batch-size', type=int, default=1)
-    parser.add_argument(
+    group.add_argument(
+        '--batch-size',
+        type=int,
+        default=1,
+        metavar='N',
+        help='images at a time (default 1)',
+    )
+    group.add_argument(
         '--logits',
         choices=('image', 'patches'),
         default='image',
         help='segmentation logits at the size of the image (default) or of '
         'the patch grid',
     )
-    parser.add_argument(
+    group = parser.add_argument_group('check')
+    group.add_argument(
         '--tolerance',
         type=float,
         default=1e-3,
+        metavar='X',
         help='largest difference of logits to accept (default 1e-3)',
     )
     add_common_arguments(parser)
@@ -115,6 +133,7 @@ def compare(model: nn.Module, images: Tensor, path: Path) -> float:
     return float(np.abs(found - expected).max())
 
 
+@command('No model was written.')
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/export_onnx.py``."""
     args = parse_args(argv)

@@ -6,24 +6,44 @@ import argparse
 
 from ..datasets.scenes import write_scenes
 from ..utils import ProgressReporter
+from .parser import command, make_parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='make_scenes.py',
-        description='Draw street and room scenes with the folders and class '
-        'numbers of ADE20K, to try out configs without the real dataset.',
-        epilog='Example: python tools/make_scenes.py data/scenes; python '
-        'tools/train.py configs/segmenter_vit-s_pm_ade20k.py --cfg-options '
-        'data_root=data/scenes load_from=None',
+    parser = make_parser(
+        'make_scenes.py',
+        'Draw street and room scenes with the folders and class numbers of '
+        'ADE20K, to try out configs without the real dataset.',
+        ('400 to train on and 60 to validate on', 'data/scenes'),
+        ('a handful', 'data/few --num-train 12 --num-val 4'),
     )
     parser.add_argument('root', help='folder to write to')
-    parser.add_argument('--num-train', type=int, default=400)
-    parser.add_argument('--num-val', type=int, default=60)
-    parser.add_argument('--seed', type=int, default=0)
+    group = parser.add_argument_group('what to draw')
+    group.add_argument(
+        '--num-train',
+        type=int,
+        default=400,
+        metavar='N',
+        help='training scenes (default 400)',
+    )
+    group.add_argument(
+        '--num-val',
+        type=int,
+        default=60,
+        metavar='N',
+        help='validation scenes (default 60)',
+    )
+    group.add_argument(
+        '--seed',
+        type=int,
+        default=0,
+        metavar='N',
+        help='other seeds draw other scenes (default 0)',
+    )
     return parser.parse_args(argv)
 
 
+@command()
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/make_scenes.py``."""
     args = parse_args(argv)

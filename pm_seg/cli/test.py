@@ -5,47 +5,63 @@ from __future__ import annotations
 import argparse
 
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from .common import (
+    ToolRunner,
     add_common_arguments,
     check_data,
+    command,
     fetch_checkpoint,
     join_cpu_processes,
     load_config,
+    make_parser,
     quiet_warnings,
+    wrong_usage,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='test.py',
-        description='Evaluate a checkpoint: mIoU for segmentation, top-1 for '
-        'classification.',
-        epilog='Example: python tools/test.py '
-        'configs/segmenter_vit-s_pm_ade20k.py work_dirs/'
-        'segmenter_vit-s_pm_ade20k/iter_64000.pth --show-dir pictures',
+    parser = make_parser(
+        'test.py',
+        'Evaluate a checkpoint: mIoU for segmentation, top-1 for '
+        'classification. A compressed checkpoint needs a PM config, a dense '
+        'one the config without _pm_.',
+        (
+            'mIoU, and the predictions drawn over the images',
+            'configs/segmenter_vit-s_pm_ade20k.py pm.pth --show-dir pictures',
+        ),
+        (
+            'save the label maps',
+            'configs/segmenter_vit-s_pm_ade20k.py pm.pth --out predicted',
+        ),
     )
     parser.add_argument('config', help='config file, or the name of one')
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument(
+    parser.add_argument('checkpoint', help='checkpoint file or address')
+    group = parser.add_argument_group('evaluation')
+    group.add_argument(
+        '--tta',
+        action='store_true',
+        help='average over sizes and flips (test-time augmentation)',
+    )
+    group = parser.add_argument_group('predictions')
+    group.add_argument(
         '--out',
         help='folder to save predictions to; a .pkl file for classification',
     )
-    parser.add_argument(
+    group.add_argument(
+        '--show-dir', metavar='DIR', help='folder to draw predictions to'
+    )
+    group.add_argument(
         '--show', action='store_true', help='show predictions on screen'
     )
-    parser.add_argument('--show-dir', help='folder to draw predictions to')
-    parser.add_argument(
+    group.add_argument(
         '--wait-time',
         type=float,
         default=2,
-        help='seconds each picture is shown',
+        metavar='SECONDS',
+        help='how long --show shows each (default 2)',
     )
-    parser.add_argument(
-        '--tta', action='store_true', help='test-time augmentation'
-    )
-    add_common_arguments(parser)
+    add_common_arguments(parser, runs=True)
     return parser.parse_args(argv)
 
 
@@ -78,7 +94,7 @@ def _save_predictions(cfg: Config, out: str) -> None:
         cfg.test_evaluator.keep_results = True
         return
     if not out.endswith(('.pkl', '.pickle')):
-        raise SystemExit(
+        wrong_usage(
             f'--out {out}: classifications are saved to a file; give it a '
             'name that ends in .pkl'
         )
@@ -88,6 +104,7 @@ def _save_predictions(cfg: Config, out: str) -> None:
     cfg.test_evaluator = [*metrics, dump]
 
 
+@command()
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Entry point of ``tools/test.py``; returns the metrics."""
     args = parse_args(argv)
@@ -109,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.out is not None:
         _save_predictions(cfg, args.out)
     join_cpu_processes(cfg)
-    return Runner.from_cfg(cfg).test()
+    return ToolRunner.from_cfg(cfg).test()
 
 
 if __name__ == '__main__':

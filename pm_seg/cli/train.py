@@ -5,46 +5,66 @@ from __future__ import annotations
 import argparse
 
 from mmengine.device import get_device
-from mmengine.runner import Runner
 
 from .common import (
+    ToolRunner,
     add_common_arguments,
     check_checkpoints,
     check_data,
+    command,
     fix_teacher,
     join_cpu_processes,
     load_config,
+    make_parser,
     prepare_resume,
     quiet_warnings,
+    wrong_usage,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='train.py',
-        description='Train a model. With a PM config: gather scores on the '
-        'dense checkpoint (load_from), compress, fine-tune, evaluate.',
-        epilog='Example: python tools/train.py '
-        'configs/segmenter_vit-s_pm_ade20k.py --amp',
+    parser = make_parser(
+        'train.py',
+        'Train a model. With a PM config this is the whole job: gather '
+        'scores on the dense checkpoint (load_from), compress it, fine-tune '
+        'it and evaluate it. A checkpoint that is compressed already is '
+        'fine-tuned as it is.',
+        (
+            'compress and fine-tune on one GPU, in mixed precision',
+            'configs/segmenter_vit-s_pm_ade20k.py --amp',
+        ),
+        (
+            'from your own dense checkpoint, keeping half of the tokens',
+            'configs/segmenter_vit-t_pm_camvid.py --cfg-options '
+            'load_from=dense.pth model.backbone.compression.keep=0.5',
+        ),
+        (
+            'go on after an interruption',
+            'configs/segmenter_vit-s_pm_ade20k.py --amp --resume',
+        ),
     )
     parser.add_argument('config', help='config file, or the name of one')
-    parser.add_argument(
+    group = parser.add_argument_group('training')
+    group.add_argument(
         '--resume',
         action='store_true',
-        help='go on from the latest checkpoint in the work directory',
+        help='go on from the latest whole checkpoint in the work directory',
     )
-    parser.add_argument(
-        '--amp', action='store_true', help='automatic mixed precision'
+    group.add_argument(
+        '--amp',
+        action='store_true',
+        help='automatic mixed precision; needs a GPU',
     )
-    parser.add_argument(
+    group.add_argument(
         '--auto-scale-lr',
         action='store_true',
         help='scale the learning rate to the total batch size',
     )
-    add_common_arguments(parser)
+    add_common_arguments(parser, runs=True)
     return parser.parse_args(argv)
 
 
+@command('The same command with --resume goes on.')
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/train.py``."""
     args = parse_args(argv)
@@ -52,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(args)
     if args.amp:
         if get_device() == 'cpu':
-            raise SystemExit(
+            wrong_usage(
                 '--amp needs a GPU or another accelerator; leave it out on a '
                 'CPU'
             )
@@ -60,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'auto_scale_lr' not in cfg:
-            raise SystemExit(
+            wrong_usage(
                 '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size='
                 'N) in the config: the batch size its learning rate is for'
             )
@@ -71,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare_resume(cfg)
     check_checkpoints(cfg)
     join_cpu_processes(cfg)
-    Runner.from_cfg(cfg).train()
+    ToolRunner.from_cfg(cfg).train()
 
 
 if __name__ == '__main__':

@@ -50,7 +50,7 @@ def measure_losses(
             stored scores. Their structure is overwritten.
         inputs (Sequence[Tensor]): Batches of preprocessed images.
         progress (Callable, optional): Called with the number of
-            measurements done and their total.
+            measurements done and their total, with 0 done at first.
 
     Returns:
         dict[str, Tensor]: Losses (layers, levels) by module name, for
@@ -65,6 +65,8 @@ def measure_losses(
         len(module.compressor.spans) for module in modules.values()
     )
     done, losses = 0, {}
+    if progress:
+        progress(done, total)
     with torch.no_grad(), evaluating(model):
         with uncompressed(model):
             dense = [model(images, mode='tensor') for images in inputs]

@@ -26,7 +26,8 @@ from .scoring import (
 )
 from .targets import meet_target
 
-#: Called with what is being done, the steps done and their total.
+#: Called with what is being done, the steps done and their total; with 0
+#: done when it begins.
 Progress = Callable[[str, int, int], None]
 
 
@@ -65,7 +66,7 @@ def compress(
         calib_batches (int): Batches for the losses and the detail paths.
             Defaults to 2.
         progress (Callable, optional): Called with what is being done, the
-            number of steps done, and their total.
+            number of steps done, 0 at first, and their total.
 
     Returns:
         float | None: The keep that meets the target.

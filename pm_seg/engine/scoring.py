@@ -147,7 +147,7 @@ def gather_scores(
         reduction (str): See :class:`~pm_seg.core.ScoreRecorder`. Defaults
             to 'image'.
         progress (Callable, optional): Called with the number of batches
-            done after each of them.
+            done, with 0 before the first and after each of them.
 
     Returns:
         dict[str, Tensor]: Scores (layers, tokens) by module name.
@@ -174,6 +174,8 @@ def gather_scores(
                     reduction,
                 )
             )
+        if progress:
+            progress(0)
         for done, data in enumerate(take(batches, num_batches), 1):
             data = model.data_preprocessor(data, training=True)
             with torch.enable_grad():

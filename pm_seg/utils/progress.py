@@ -8,19 +8,60 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, no finer than an estimate is: '40 s', '3 min'."""
+    if seconds < 100:
+        return f'{seconds:.0f} s'
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f'{minutes} min'
+    return f'{minutes // 60} h {minutes % 60} min'
+
+
+class TimeLeft:
+    """Estimates how long a loop will take; made when the loop starts.
+
+    Args:
+        start (int): Steps that were over before, in an earlier run. Defaults
+            to 0.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self.start = start
+        self._begin = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> str:
+        """'12 s left', or at the end 'took 40 s'; '' if nothing is known."""
+        spent = time.monotonic() - self._begin
+        if done >= total:
+            return f'took {duration(spent)}'
+        if done <= self.start:
+            return ''
+        left = spent / (done - self.start) * (total - done)
+        return f'{duration(max(left, 1))} left'
 
 
 class ProgressReporter:
     """Context manager that reports how far a loop has come, on stderr.
 
+    Time is counted from entering it, so enter it before the first step.
+
     Args:
         title (str): What is being done.
-        total (int): Number of steps.
+        total (int): Number of steps, or of bytes.
+        start (int): Steps that are over already, in an earlier run. Defaults
+            to 0.
+        size (bool): Whether steps are bytes, shown as MB. Defaults to False.
 
     Example:
         >>> with ProgressReporter('Scoring', 50) as report:
@@ -31,26 +72,33 @@ class ProgressReporter:
     #: Lines printed when the output is not a terminal.
     num_lines = 5
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(
+        self, title: str, total: int, start: int = 0, size: bool = False
+    ) -> None:
         self.title = title
         self.total = total
+        self.start = start
+        self.size = size
         self.console = Console(stderr=True)
         self._bar: Progress | None = None
-        self._printed = 0
+        self._printed = start * self.num_lines // max(total, 1)
 
     def __enter__(self) -> ProgressReporter:
-        self._start = time.monotonic()
+        self._left = TimeLeft(self.start)
         if self.console.is_terminal:
+            counts: list[ProgressColumn] = [MofNCompleteColumn()]
+            if self.size:
+                counts = [DownloadColumn(), TransferSpeedColumn()]
             self._bar = Progress(
-                TextColumn('{task.description:<28}'),
+                TextColumn('{task.description}'),
                 BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
+                *counts,
+                TimeRemainingColumn(elapsed_when_finished=True),
                 TextColumn('{task.fields[note]}'),
                 console=self.console,
             )
             self._task = self._bar.add_task(
-                self.title, total=self.total, note=''
+                self.title, total=self.total, completed=self.start, note=''
             )
             self._bar.start()
         return self
@@ -60,15 +108,22 @@ class ProgressReporter:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
-        part = done * self.num_lines // self.total
+        part = done * self.num_lines // max(self.total, 1)
         if part > self._printed:
             self._printed = part
-            spent = time.monotonic() - self._start
-            left = spent / done * (self.total - done)
+            counts = f'{done}/{self.total}'
+            if self.size:
+                counts = f'{done / 1e6:.0f}/{self.total / 1e6:.0f} MB'
+            left = self._left(done, self.total)
             self.console.print(
-                f'{self.title}: {done}/{self.total}, {left:.0f} s left'
-                f'{f", {note}" if note else ""}',
+                ', '.join(
+                    text
+                    for text in (f'{self.title}: {counts}', left, note)
+                    if text
+                ),
                 highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
 
     def __exit__(

@@ -56,7 +56,6 @@ def test_training_steps_and_real_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (['--modes', 'onnx', '--train'], 'onnx times inference'),
         (['--images', '/nonexistent'], 'no images in this folder'),
         (['--cfg-options', 'model.backbone.compression=None'],
          'the config has no compression'),
@@ -65,3 +64,10 @@ def test_training_steps_and_real_images(tmp_path: Path) -> None:
 def test_errors(options: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         benchmark.main([CONFIG, *options])
+
+
+def test_wrong_usage(capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        benchmark.main([CONFIG, '--modes', 'onnx', '--train'])
+    assert error.value.code == 2
+    assert 'onnx times inference' in capsys.readouterr().err

@@ -169,7 +169,7 @@ def test_train_then_test(work: Path) -> None:
         ROOT / 'tools/test.py', 'pm.py', saved, '--out', 'folder', cwd=work,
         check=False,
     )  # fmt: skip
-    assert 'ends in .pkl' in wrong.stderr and wrong.returncode == 1
+    assert 'ends in .pkl' in wrong.stderr and wrong.returncode == 2
 
 
 def test_a_resumed_run_follows_the_same_losses(work: Path) -> None:

@@ -68,6 +68,20 @@ def miou(output: str) -> float:
     return float(re.findall(r'mIoU: +([\d.]+)', output)[-1])
 
 
+def check_console(result, work_dir: Path | None = None) -> None:
+    """No noise at start-up, no colours in a pipe, lines that fit."""
+    text = result.stdout + result.stderr
+    for noise in ('OneDL', 'Warning', 'WARNING', '\x1b', '0 s left'):
+        assert noise not in text, noise
+    if work_dir is None:
+        return
+    for only_in_log in ('System environment', 'Config:', 'Hooks will be'):
+        assert only_in_log not in text
+        logs = [path.read_text() for path in work_dir.rglob('*.log')]
+        assert logs and all(only_in_log in log for log in logs)
+    assert 'Config, environment and log: ' in text
+
+
 def test_compress_then_test_then_train(work: Path, scenes: Path) -> None:
     dense = work / 'work_dirs/dense/iter_2.pth'
     out = run_tool(
@@ -75,6 +89,9 @@ def test_compress_then_test_then_train(work: Path, scenes: Path) -> None:
         '--keep', '0.25', cwd=work,
     )  # fmt: skip
     assert 'Scoring batches' in out.stderr
+    check_console(out)
+    table = [line for line in out.stdout.splitlines() if line[:2] == '  ']
+    assert len(table) > 5 and max(map(len, table)) < 80
     assert re.search(r'1 +4 +0 +25%', out.stdout), out.stdout
     state = read_checkpoint(work / 'pm.pth')['state_dict']
     assert int(state['backbone.compressor.group'][1].max()) == 3
@@ -85,6 +102,7 @@ def test_compress_then_test_then_train(work: Path, scenes: Path) -> None:
         '--out', 'predicted', cwd=work,
     )  # fmt: skip
     assert 0 <= miou(tested.stdout) <= 100
+    check_console(tested, work / 'work_dirs/pm')
     pictures = list((work / 'drawn').rglob('*.png'))
     assert len(pictures) == 3
     for path in (work / 'predicted').glob('*.png'):
@@ -102,6 +120,7 @@ def test_compress_then_test_then_train(work: Path, scenes: Path) -> None:
         'load_from=pm.pth', cwd=work,
     )  # fmt: skip
     assert 'keeping its structure' in trained.stdout
+    check_console(trained, work / 'work_dirs/pm')
     assert (work / 'work_dirs/pm/iter_2.pth').is_file()
 
 
@@ -115,6 +134,7 @@ def test_structuring_anew_measures_nothing(work: Path) -> None:
         '--keep', '0.75', cwd=work,
     )  # fmt: skip
     for title in ('Scoring', 'Measuring'):
+        assert re.search(rf'{title}.*, took \d+ s\n', first.stderr)
         assert title in first.stderr and title not in out.stderr
     assert re.search(r'1 +12 +0 +75%', out.stdout)
 

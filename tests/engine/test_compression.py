@@ -32,7 +32,9 @@ def test_everything_is_found_and_stored() -> None:
         assert (compressor.losses[:, 1:] > 0).all()
         assert compressor.detail_up.abs().sum() > 0
         assert min(compressor.num_groups) >= 1
-    assert seen[1] == ('Scoring batches', 2, 2)
+    assert seen[0] == ('Scoring batches', 0, 2)
+    assert seen[2] == ('Scoring batches', 2, 2)
+    assert seen[3] == ('Measuring layers', 0, 5 * len(LEVELS))
     assert seen[-1] == ('Measuring layers', 5 * len(LEVELS), 5 * len(LEVELS))
     assert 'loss at 50 % alone' in describe(model)
     again = build()

@@ -51,7 +51,7 @@ def test_activation_checkpointing_scores_the_same() -> None:
 def test_batches_start_again_and_progress_is_reported() -> None:
     seen: list[int] = []
     gather_scores(build(), [batch(0, 1), batch(1, 1)], 5, progress=seen.append)
-    assert seen == [1, 2, 3, 4, 5]
+    assert seen == [0, 1, 2, 3, 4, 5]
 
 
 def test_structure_from_scores() -> None:

@@ -29,13 +29,13 @@ class ProgressHook(Hook):
         self.title = title
         self._stack = ExitStack()
 
-    def _open(self, title: str, total: int) -> None:
+    def _open(self, title: str, total: int, start: int = 0) -> None:
         self._report = self._stack.enter_context(
-            ProgressReporter(title, total)
+            ProgressReporter(title, total, start)
         )
 
     def before_train_epoch(self, runner: Runner) -> None:
-        self._open(self.title, runner.max_iters)
+        self._open(self.title, runner.max_iters, runner.iter)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None

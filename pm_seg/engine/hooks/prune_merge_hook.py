@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, is_model_wrapper
@@ -11,6 +9,7 @@ from mmengine.runner import Runner
 
 from ...models.distillation import DistillationMixin
 from ...registry import register
+from ...utils.progress import TimeLeft
 from ..compression import calibration_loader, compress
 from ..report import describe
 from ..scoring import require_compressible, uncompressed
@@ -100,15 +99,14 @@ class PruneMergeHook(Hook):
             model.load_teacher(dense)
 
     def _compress(self, runner: Runner, model: BaseModel) -> None:
-        start: dict[str, float] = {}
+        clocks: dict[str, TimeLeft] = {}
 
         def progress(title: str, done: int, total: int) -> None:
-            begin = start.setdefault(title, time.time())
-            if done % max(total // 5, 1) == 0 or done == total:
-                left = (time.time() - begin) / done * (total - done)
-                runner.logger.info(
-                    f'{title} [{done}/{total}], {left:.0f} s left'
-                )
+            if done == 0:
+                clocks[title] = TimeLeft()
+            elif done % max(total // 5, 1) == 0 or done == total:
+                left = clocks[title](done, total)
+                runner.logger.info(f'{title} [{done}/{total}], {left}')
 
         # A loader of its own, so that training sees its batches unshifted.
         keep = compress(

@@ -1,0 +1,15 @@
+# Segmenter ViT-s (mask transformer) on Cityscapes, compressed and
+# fine-tuned from the checkpoint of its dense twin.
+_base_ = [
+    './_base_/models/segmenter_vit-s_cityscapes.py',
+    './_base_/datasets/cityscapes_768x768.py',
+    './_base_/default_runtime.py',
+    './_base_/schedules/finetune_10k.py',
+]
+model = dict(
+    type='DistilledEncoderDecoder',
+    teacher=dict(alpha=1.0, tau=20.0),
+    backbone=dict(compression=dict(keep=0.7)),
+    decode_head=dict(compression=dict(grid=(48, 48), keep=0.7)),
+)
+load_from = 'work_dirs/segmenter_vit-s_cityscapes/iter_80000.pth'

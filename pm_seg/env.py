@@ -1,0 +1,234 @@
+"""What matters in a bug report: ``python -m pm_seg.env``.
+
+Imports nothing of the OpenMMLab stack until it has said what is installed,
+so that it can be asked why a stack does not work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from importlib import metadata
+from io import StringIO
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Import names, and the distributions that bring them: those of the
+#: maintained forks, and the original ones.
+FORKS = {
+    'mmcv': ('onedl-mmcv',),
+    'mmengine': ('onedl-mmengine',),
+    'mmseg': ('onedl-mmsegmentation',),
+    'mmpretrain': ('onedl-mmpretrain',),
+}
+ORIGINALS = {
+    'mmcv': ('mmcv', 'mmcv-full', 'mmcv-lite'),
+    'mmengine': ('mmengine', 'mmengine-lite'),
+    'mmseg': ('mmsegmentation',),
+    'mmpretrain': ('mmpretrain', 'mmcls'),
+}
+PACKAGES = ('torchvision', 'numpy', 'opencv-python', 'timm')
+ONNX = ('onnx', 'onnxruntime', 'onnxscript')
+
+
+def version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed(names: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """Those of the distributions that are installed, with versions."""
+    found = ((n, version(n)) for group in names.values() for n in group)
+    return {name: number for name, number in found if number}
+
+
+def stack(forks: Iterable[str], originals: Iterable[str]) -> tuple[str, str]:
+    """Which OpenMMLab stack this is, and what to do if it is mixed.
+
+    Args:
+        forks (Iterable[str]): Installed distributions of the forks.
+        originals (Iterable[str]): Those of the original packages.
+
+    Returns:
+        tuple[str, str]: A line, and the remedy or ''.
+    """
+    forks, originals = list(forks), list(originals)
+    if not forks and not originals:
+        return 'not installed', (
+            'Only pm_seg.core works. For the rest: pip install -r '
+            'requirements/mminstall.txt'
+        )
+    if forks and originals:
+        return f'MIXED: {", ".join([*forks, *originals])}', (
+            'Both stacks own the import names mmcv, mmengine, mmseg and '
+            'mmpretrain,\nand files of one overwrite files of the other. '
+            'Remove both, install one:\n'
+            f'  pip uninstall -y {" ".join([*forks, *originals])}\n'
+            '  pip install -r requirements/mminstall.txt'
+        )
+    wanted = len(FORKS)
+    kind = 'onedl-* (the maintained forks)' if forks else 'original OpenMMLab'
+    missing = wanted - len({*forks, *originals})
+    return kind if missing <= 0 else f'{kind}, not all packages', ''
+
+
+def imports(name: str) -> str:
+    """'' if a package imports, else why it does not, in a line."""
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter('ignore')
+            importlib.import_module(name)
+    except Exception as error:  # whatever a broken stack raises
+        reason = (str(error).splitlines() or [''])[0]
+        return f'does not import: {type(error).__name__}: {reason}'
+    return ''
+
+
+def attention_backends(device: str) -> list[str]:
+    """Fused attention that runs on a device, tried on small tensors."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    dtype = torch.float16 if device == 'cuda' else torch.float32
+    works = []
+    for name in ('FLASH_ATTENTION', 'EFFICIENT_ATTENTION', 'CUDNN_ATTENTION'):
+        backend = getattr(SDPBackend, name, None)
+        if backend is None:
+            continue
+        q = torch.zeros(1, 2, 64, 64, dtype=dtype, device=device)
+        try:
+            with warnings.catch_warnings(), sdpa_kernel(backend):
+                warnings.simplefilter('ignore')
+                torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        except RuntimeError:
+            continue
+        works.append(name.removesuffix('_ATTENTION').lower())
+    return works
+
+
+def commit(root: Path = ROOT) -> str:
+    """Commit of a checkout, '+ changes' if files differ; '' elsewhere."""
+    if not (root / '.git').exists():
+        return ''
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ['git', '-C', str(root), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+
+    try:
+        name = git('rev-parse', '--short', 'HEAD')
+        changed = git('status', '--porcelain', '--untracked-files=no')
+    except (OSError, subprocess.SubprocessError):
+        return ''
+    return f'commit {name}{" + changes" if changed else ""}'
+
+
+def _processor() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(':')[1] for line in lines if 'model name' in line)
+    return next(names, platform.machine()).strip()
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _torch() -> list[tuple[str, str]]:
+    try:
+        import torch
+    except Exception as error:
+        return [('torch', f'does not import: {error}')]
+    rows = [('torch', torch.__version__)]
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'cuda':
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            rows.append(
+                (
+                    f'GPU {index}',
+                    f'{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, '
+                    f'compute capability {gpu.major}.{gpu.minor}',
+                )
+            )
+    else:
+        rows.append(('GPU', 'none that torch can use'))
+    cuda = torch.version.cuda or 'none'
+    rows.append(('CUDA of torch', cuda))
+    works = ', '.join(attention_backends(device)) or 'none'
+    rows.append(('fused attention', f'{works} (on {device})'))
+    rows.append(('threads', str(torch.get_num_threads())))
+    return rows
+
+
+def report() -> str:
+    """The report, a line for each item."""
+    from pm_seg.version import __version__
+
+    ours = [__version__, commit(), f'in {ROOT}']
+    rows = [
+        ('pm_seg', ', '.join(text for text in ours if text)),
+        ('python', f'{platform.python_version()}, {sys.executable}'),
+        ('system', platform.platform()),
+        ('CPU', f'{_processor()}, {_cores()} cores to use'),
+        *_torch(),
+    ]
+    rows += [(name, version(name) or 'not installed') for name in PACKAGES]
+    forks, originals = installed(FORKS), installed(ORIGINALS)
+    kind, remedy = stack(forks, originals)
+    rows.append(('OpenMMLab stack', kind))
+    for name in FORKS:
+        both = {
+            distribution: number
+            for table, found in ((FORKS, forks), (ORIGINALS, originals))
+            for distribution, number in found.items()
+            if distribution in table[name]
+        }
+        text = ', '.join(f'{number} ({d})' for d, number in both.items())
+        if both:
+            problem = imports(name)
+            text += f'; {problem}' if problem else ''
+        rows.append((f'  {name}', text or 'not installed'))
+    if importlib.util.find_spec('mmseg') is not None:
+        problem = imports('pm_seg.models')
+        rows.append(('  with pm_seg', problem or 'its classes register'))
+    found = [f'{name} {version(name)}' for name in ONNX if version(name)]
+    gpu = version('onnxruntime-gpu')
+    found += [f'onnxruntime-gpu {gpu}'] if gpu else []
+    rows.append(('ONNX', ', '.join(found) or 'not installed'))
+    width = max(len(name) for name, _ in rows)
+    lines = [f'{name:<{width}}  {text}' for name, text in rows]
+    if remedy:
+        title = 'MIXED STACK' if kind.startswith('MIXED') else 'Note'
+        lines += ['', f'{title}: {remedy}']
+    return '\n'.join(lines)
+
+
+def main() -> int:
+    """Print the report; 1 if the stack is mixed."""
+    print(report())
+    return int(stack(installed(FORKS), installed(ORIGINALS))[0][:5] == 'MIXED')
+
+
+if __name__ == '__main__':
+    sys.exit(main())
