@@ -126,23 +126,22 @@ def test_no_text_leaves_a_figure() -> None:
     ):
         figure.canvas.draw()
         renderer = figure.canvas.get_renderer()
-        width, height = figure.canvas.get_width_height()
-        boxes = []
-        hidden = {
+        whole = figure.get_tightbbox(renderer)
+        width, height = figure.get_size_inches()
+        assert whole.x0 >= 0 and whole.y0 >= 0
+        assert whole.x1 <= width and whole.y1 <= height
+        ticks = {
             text
             for axes in figure.axes
-            if not axes.axison
             for axis in (axes.xaxis, axes.yaxis)
             for text in axis.findobj(Text)
         }
-        for text in figure.findobj(Text):
-            if text in hidden or not text.get_text():
-                continue
-            box = text.get_window_extent(renderer)
-            assert box.x0 >= 0 and box.y0 >= 0, text
-            assert box.x1 <= width and box.y1 <= height, text
-            assert text.get_fontsize() >= 9, text
-            boxes.append((text.get_text(), box))
+        boxes = []
+        for text in set(figure.findobj(Text)) - ticks:
+            if text.get_visible() and text.get_text():
+                assert text.get_fontsize() >= 9, text
+                box = text.get_window_extent(renderer)
+                boxes.append((text.get_text(), box))
         for i, (one, box) in enumerate(boxes):
             for other, second in boxes[:i]:
                 assert not box.overlaps(second), (one, other)
@@ -201,7 +200,7 @@ def test_a_page_stands_alone_and_escapes_names() -> None:
             html.table(('x', 'y'), [('1', html.share_bar(0.25))], total=True),
             html.panels([Panel('"quoted" <panel>', image)], large=True),
             html.chart(depth_figure({'a': [1, 2]}, 'y'), 'chart'),
-            html.legend({'sky': (0.5, 0.5, 1.0), 'road': '#D55E00'}),
+            html.legend({'sky': (0.5, 0.5, 1.0), 'road': '#D55E00'}, 'Key:'),
             html.colour_scale([(0, 0, 0), (1, 1, 1)], 'low', 'high'),
         ],
     )

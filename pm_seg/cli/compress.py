@@ -131,7 +131,7 @@ def _options(node: object, path: str = '') -> dict[str, str]:
         for key, value in node.items():
             if key == 'compression' and value is not None:
                 text = ', '.join(f'{k}={v!r}' for k, v in value.items())
-                found[path] = f'dict({text})'
+                found[f'{path}.compression'] = f'dict({text})'
             else:
                 found |= _options(value, f'{path}.{key}'.lstrip('.'))
     return found
@@ -192,7 +192,7 @@ def _seconds(model: BaseModel, device: str) -> dict:
     seconds = {}
     if device != 'cpu':
         seconds[device] = compare_speed(model)
-    seconds[machine()] = compare_speed(model.cpu())
+    seconds['CPU'] = compare_speed(model.cpu())
     return seconds
 
 
@@ -255,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             'compressed checkpoint': args.out,
             **_options(cfg.model.to_dict()),
             'command': shlex.join(['python', 'tools/compress.py', *typed]),
+            'machine': machine(),
             'date': datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
         }
         if keep is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from mmengine.model import BaseModel
 from ..utils import median
 from ..utils.files import whole_files
 from ..version import __version__
-from ..visualization import JUDGED, depth_figure, html, score_panels
+from ..visualization import depth_figure, html, score_panels
 from ..visualization.panels import SCORE_COLOURS
 from .inspection import Inspection, module_scores
 from .report import LayerReport, ModuleReport, module_reports
@@ -183,13 +184,10 @@ class CompressionReport:
             if one.classifies:
                 parts.append(_ranking(one, self.meta))
             else:
-                parts.append(html.legend(one.legend(self.meta)))
-            if one.truth is not None and not one.classifies:
-                names = ', '.join(JUDGED)
-                parts.append(
-                    '<p class="note">Differences are coloured by the '
-                    f'annotation: {names}.</p>'
-                )
+                parts += [
+                    html.legend(one.legend(self.meta), 'Classes:'),
+                    html.legend(one.changes, 'Differences:'),
+                ]
             parts += [
                 f'<details{" open" if number == 0 else ""}>'
                 '<summary>Token groups, layer by layer</summary>'
@@ -238,7 +236,12 @@ def versions() -> str:
 def machine() -> str:
     """The processor and how many threads torch uses of it."""
     name = platform.processor() or platform.machine()
-    return f'CPU ({name}, {torch.get_num_threads()} threads)'
+    info = Path('/proc/cpuinfo')
+    if info.is_file():
+        found = re.search(r'^model name\s*: (.+)$', info.read_text(), re.M)
+        name = found[1] if found else name
+    threads = torch.get_num_threads()
+    return f'CPU ({name}, {threads} thread{"s" if threads > 1 else ""})'
 
 
 def _module_table(name: str, report: ModuleReport) -> list[str]:

@@ -90,7 +90,7 @@ class Inspection:
         )
 
     def legend(self, meta: dict) -> dict[str, tuple[float, ...]]:
-        """Colours of the largest classes and of the differences."""
+        """Colours of the largest classes."""
         if self.classifies:
             return {}
         maps = [self.dense, self.compressed]
@@ -98,11 +98,17 @@ class Inspection:
         largest = values[np.argsort(-counts)][:_MAX_LEGEND]
         palette = _palette(meta, int(values.max()) + 1)
         names = class_names(meta, len(palette))
-        legend = {
+        return {
             names[i]: tuple(np.array(palette[i]) / 255)
             for i in sorted(largest)
         }
-        return {**legend, **(CHANGED if self.truth is None else JUDGED)}
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """Colours of the differences."""
+        if self.classifies:
+            return {}
+        return CHANGED if self.truth is None else JUDGED
 
     def ranking(self, meta: dict) -> list[tuple[str, float, float]]:
         """Classes either model has among its best, by the dense one's order.
@@ -136,9 +142,8 @@ class Inspection:
             prediction = ranking_figure(self.image, self.ranking(meta))
         else:
             panels = self.prediction_panels(meta)
-            prediction = panel_figure(
-                panels, len(panels), legend=self.legend(meta)
-            )
+            colours = {**self.legend(meta), **self.changes}
+            prediction = panel_figure(panels, len(panels), colours)
         return {
             'groups': panel_figure(self.group_panels()),
             'prediction': prediction,

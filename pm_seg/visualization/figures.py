@@ -82,10 +82,12 @@ def panel_figure(
     wide = min(max(wide, _NARROW), _WIDE)
     images = [_resized(panel.image, wide) for panel in panels]
     tall = max(image.shape[0] for image in images)
-    per_line = max(columns * 2 - 1, 1)
-    lines = -(-len(legend) // per_line) if legend else 0
-    foot = 26 * lines + 44 * score_bar + 6
     width = columns * (wide + _GAP) + _GAP
+    per_line = lines = 0
+    if legend:
+        per_line = max(width // (10 * max(map(len, legend)) + 50), 1)
+        lines = -(-len(legend) // per_line)
+    foot = 26 * lines + 44 * score_bar + 6
     height = rows * (tall + _HEAD) + foot
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)

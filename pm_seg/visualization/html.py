@@ -28,8 +28,8 @@ code, pre { font: 14px/1.45 ui-monospace, 'DejaVu Sans Mono', monospace; }
 pre { background: #f4f4f4; padding: 10px 12px; overflow-x: auto; }
 code { overflow-wrap: anywhere; }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }
-.card { flex: 1 1 170px; border: 1px solid #c8c8c8; border-radius: 6px;
-  padding: 10px 14px; }
+.card { flex: 1 1 170px; max-width: 340px; border: 1px solid #c8c8c8;
+  border-radius: 6px; padding: 10px 14px; }
 .card b { display: block; font-size: 24px; line-height: 1.25; }
 .card span { display: block; color: #4a4a4a; font-size: 14px; }
 .wide { overflow-x: auto; }
@@ -38,15 +38,17 @@ th, td { padding: 4px 12px 4px 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #e2e2e2; }
 th { vertical-align: bottom; border-bottom: 2px solid #8a8a8a; }
 th:first-child, td:first-child, .left { text-align: left; }
-.facts td:last-child { text-align: left; white-space: normal; }
-.facts td:first-child { vertical-align: top; }
+.facts td { white-space: normal; overflow-wrap: anywhere; }
+.facts td:last-child { text-align: left; }
+.facts td:first-child { vertical-align: top; min-width: 84px; }
 tr.total td { font-weight: 600; border-bottom: none; }
 .bar { display: inline-block; width: 120px; height: 11px; background: #e6e6e6;
-  vertical-align: -1px; margin-left: 8px; }
+  vertical-align: -1px; }
+.share { display: inline-block; width: 3.2em; }
 .bar i { display: block; height: 11px; background: BLUE; }
 .panels { display: grid; gap: 14px 12px;
   grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); }
-.panels.large { grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); }
+.panels.large { grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }
 .pixels img { image-rendering: pixelated; }
@@ -64,7 +66,9 @@ summary { cursor: pointer; font-weight: 600; margin: 14px 0 8px; }
   h1 { font-size: 24px; }
   .panels, .panels.large {
     grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); }
-  .bar { width: 70px; }
+  .bar { display: none; }
+  th, td { padding-right: 7px; }
+  .share { width: auto; }
 }
 """
 
@@ -135,7 +139,7 @@ def share_bar(share: float) -> str:
     """A share in per cent with a bar."""
     width = f'{min(max(share, 0.0), 1.0):.1%}'
     bar = f'<span class="bar"><i style="width:{width}"></i></span>'
-    return f'{share:.0%}{bar}'
+    return f'{bar}<span class="share">{share:.0%}</span>'
 
 
 def picture(image: np.ndarray, caption: str) -> str:
@@ -176,13 +180,13 @@ def chart(figure: Figure, description: str) -> str:
     )
 
 
-def legend(colours: Mapping[str, Sequence[float] | str]) -> str:
-    """Colours, as matplotlib takes them, by name."""
+def legend(colours: Mapping[str, Sequence[float] | str], title: str) -> str:
+    """Colours, as matplotlib takes them, by name, after a title."""
     items = ''.join(
         f'<li><i style="background:{to_hex(colour)}"></i>{escape(name)}</li>'
         for name, colour in colours.items()
     )
-    return f'<ul class="legend">{items}</ul>'
+    return f'<ul class="legend"><li>{escape(title)}</li>{items}</ul>'
 
 
 def colour_scale(

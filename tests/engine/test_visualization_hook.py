@@ -13,6 +13,7 @@ from pm_seg.engine import CompressionVisualizationHook
 def run(cfg, *backends: str) -> None:
     cfg.visualizer.vis_backends = [dict(type=kind) for kind in backends]
     cfg.experiment_name = cfg.work_dir.rsplit('/', 1)[-1]
+    cfg.visualizer.name = cfg.experiment_name  # else that of the last run
     Runner.from_cfg(cfg).train()
 
 
@@ -70,7 +71,7 @@ def test_without_a_structure_there_is_a_warning(
     cfg = small_config(scenes, tmp_path / 'none', iters=1)
     cfg.custom_hooks = [dict(type='CompressionVisualizationHook')]
     cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
-    cfg.experiment_name = 'none'
+    cfg.experiment_name = cfg.visualizer.name = 'none'
     runner = Runner.from_cfg(cfg)
     with pytest.raises(RuntimeError, match='no structure yet'):
         runner.train()
