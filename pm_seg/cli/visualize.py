@@ -117,8 +117,8 @@ def _unique(name: str, taken: set[str]) -> str:
     return result
 
 
-def _ranking_table(name: str, inspection: Inspection, meta: dict) -> Table:
-    table = Table(title=f'{name}: probability, %')
+def _ranking_table(inspection: Inspection, meta: dict) -> Table:
+    table = Table()
     for column in ('class', 'dense', 'compressed'):
         table.add_column(
             column, justify='left' if column == 'class' else 'right'
@@ -162,7 +162,10 @@ def main(argv: list[str] | None = None) -> None:
             for kind, figure in inspection.figures(meta).items():
                 save_figure(figure, folder / f'{name}_{kind}.png')
             if inspection.classifies:
-                lines.append(_ranking_table(name, inspection, meta))
+                lines += [
+                    f'{name}: probability, %',
+                    _ranking_table(inspection, meta),
+                ]
             else:
                 changed = (inspection.dense != inspection.compressed).mean()
                 lines.append(f'{name}: {changed:.1%} of the pixels differ')

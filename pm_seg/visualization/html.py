@@ -38,9 +38,9 @@ th, td { padding: 4px 12px 4px 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #e2e2e2; }
 th { vertical-align: bottom; border-bottom: 2px solid #8a8a8a; }
 th:first-child, td:first-child, .left { text-align: left; }
-.facts td { white-space: normal; overflow-wrap: anywhere; }
-.facts td:last-child { text-align: left; }
-.facts td:first-child { vertical-align: top; min-width: 84px; }
+.facts td { vertical-align: top; }
+.facts td:last-child { text-align: left; white-space: normal;
+  overflow-wrap: anywhere; }
 tr.total td { font-weight: 600; border-bottom: none; }
 .bar { display: inline-block; width: 120px; height: 11px; background: #e6e6e6;
   vertical-align: -1px; }
@@ -50,6 +50,7 @@ tr.total td { font-weight: 600; border-bottom: none; }
   grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); }
 .panels.large { grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); }
 figure { margin: 0; }
+.large figure { max-width: 420px; }
 figure img { width: 100%; height: auto; display: block; }
 .pixels img { image-rendering: pixelated; }
 figcaption { font-size: 14px; margin-top: 3px; }
@@ -69,6 +70,8 @@ summary { cursor: pointer; font-weight: 600; margin: 14px 0 8px; }
   .bar { display: none; }
   th, td { padding-right: 7px; }
   .share { width: auto; }
+  .facts td:first-child { white-space: normal; overflow-wrap: anywhere;
+    min-width: 84px; }
 }
 """
 
