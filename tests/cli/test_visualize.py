@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import small_config
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from test_visualization import check_page
@@ -17,6 +19,7 @@ from test_visualization import check_page
 from pm_seg.cli import compress as compress_tool
 from pm_seg.cli import visualize
 from pm_seg.engine import compress
+from pm_seg.engine.scoring import compressible_modules
 from pm_seg.models.distillation import strip_compression
 
 MERGING = """
@@ -176,3 +179,55 @@ def test_report_without_data(work: Path, capsys) -> None:
     check_page(text)
     assert 'no images to draw' in text and 'Not measured' in text
     assert 'attention' in text and '<h2>Scores' not in text
+
+
+CLASSIFIER = """
+custom_imports = dict(imports=['pm_seg'])
+default_scope = 'mmpretrain'
+model = dict(
+    type='ImageClassifier',
+    data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True),
+    backbone=dict(
+        type='PMDistilledVisionTransformer', img_size=64,
+        arch=dict(embed_dims=24, num_layers=2, num_heads=3,
+                  feedforward_channels=48),
+        compression=dict(keep=0.5, builder='matching', budget='layer',
+                         detail=0)),
+    head=dict(type='DeiTClsHead', num_classes=10, in_channels=24))
+test_dataloader = dict(
+    dataset=dict(
+        type='CIFAR10',
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='ResizeEdge', scale=64, edge='short'),
+            dict(type='CenterCrop', crop_size=64), dict(type='PackInputs')]))
+"""
+
+
+def test_classifiers(tmp_path: Path, capsys) -> None:
+    """The likeliest classes in place of maps, on a picture of any size."""
+    pytest.importorskip('mmpretrain')
+    (tmp_path / 'pm.py').write_text(CLASSIFIER)
+    cfg = Config.fromfile(tmp_path / 'pm.py')
+    init_default_scope('mmpretrain')
+    model = MMENGINE_MODELS.build(cfg.model)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for module in compressible_modules(model).values():
+        module.compressor.build()
+    save(model, tmp_path / 'pm.pth')
+    image = np.random.default_rng(0).integers(0, 255, (90, 70, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / 'bird.png'), image)
+    pictures = draw(tmp_path, str(tmp_path / 'pm.pth'), f'{tmp_path}/bird.png')
+    assert set(pictures) == {
+        'tokens.png', 'bird_groups.png', 'bird_prediction.png',
+    }  # fmt: skip
+    shown = capsys.readouterr().out
+    assert 'bird: probability, %' in shown
+    rows = re.findall(r'│ (\w+) +│ +([\d.]+) │ +([\d.]+) │', shown)
+    assert 5 <= len(rows) <= 10
+    known = {'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog'}
+    assert {name for name, _, _ in rows} & known
+    dense = [float(value) for _, value, _ in rows]
+    assert dense == sorted(dense, reverse=True)
+    assert dense != [float(value) for _, _, value in rows]
