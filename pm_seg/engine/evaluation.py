@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config
@@ -32,7 +33,8 @@ def evaluate(
             and their total.
     """
     loader = Runner.build_dataloader(cfg.val_dataloader)
-    evaluator = Evaluator(cfg.val_evaluator)
+    with _quiet():
+        evaluator = Evaluator(cfg.val_evaluator)
     evaluator.dataset_meta = loader.dataset.metainfo
     with evaluating(model):
         for done, data in enumerate(loader, 1):
@@ -40,12 +42,18 @@ def evaluate(
             evaluator.process(data_samples=outputs, data_batch=data)
             if progress:
                 progress(done, len(loader))
-    # Metrics log tables of all classes.
+    with _quiet():
+        return evaluator.evaluate(len(loader.dataset))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines of metrics, which print tables of all classes."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return evaluator.evaluate(len(loader.dataset))
+        yield
     finally:
         logger.setLevel(level)
 

@@ -89,7 +89,7 @@ class CompressionReport:
         cards = {
             'GMACs': (
                 f'{compressed / dense:.0%}',
-                f'{dense / 1e9:.3g} → {compressed / 1e9:.3g}',
+                f'{dense / 1e9:.2f} → {compressed / 1e9:.2f}',
             )
         }
         for device, seconds in self.seconds.items():
@@ -113,7 +113,10 @@ class CompressionReport:
         return [
             '<h2>Structure and costs</h2>',
             '<p>Patch tokens each layer works on, and its '
-            'multiply-accumulates with merging and restoring.</p>',
+            'multiply-accumulates with merging and restoring. Loss at 50 %, '
+            'where it was measured, is how far the predictions move (KL '
+            'divergence from the dense model) with one layer alone on half '
+            'of its tokens.</p>',
             html.chart(
                 depth_figure(kept, 'patch tokens kept, %', 100),
                 'Share of the patch tokens kept, by layer',
@@ -268,19 +271,12 @@ def _module_table(name: str, report: ModuleReport) -> list[str]:
         rows.append(row)
     blank = len(heads) - 4 - losses
     rows.append(['all', *[''] * blank, *_costs(report), *[''] * losses])
-    parts = [
+    return [
         f'<h3>{escape(name)}</h3>',
         f'<p>{report.num_tokens} patch tokens ({height}x{width}), '
         f'{escape(report.kind)}</p>',
         html.table(heads, rows, total=True),
     ]
-    if losses:
-        parts.append(
-            '<p class="note">loss at 50 %: how far the predictions move (KL '
-            'divergence from the dense model) with this layer alone on half '
-            'of its tokens.</p>'
-        )
-    return parts
 
 
 def _costs(part: LayerReport | ModuleReport) -> tuple[str, str, str]:

@@ -28,8 +28,8 @@ code, pre { font: 14px/1.45 ui-monospace, 'DejaVu Sans Mono', monospace; }
 pre { background: #f4f4f4; padding: 10px 12px; overflow-x: auto; }
 code { overflow-wrap: anywhere; }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }
-.card { flex: 1 1 170px; max-width: 340px; border: 1px solid #c8c8c8;
-  border-radius: 6px; padding: 10px 14px; }
+.card { flex: 1 1 150px; box-sizing: border-box; max-width: 340px;
+  border: 1px solid #c8c8c8; border-radius: 6px; padding: 10px 14px; }
 .card b { display: block; font-size: 24px; line-height: 1.25; }
 .card span { display: block; color: #4a4a4a; font-size: 14px; }
 .wide { overflow-x: auto; }
@@ -69,6 +69,7 @@ summary { cursor: pointer; font-weight: 600; margin: 14px 0 8px; }
     grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); }
   .bar { display: none; }
   th, td { padding-right: 7px; }
+  th { white-space: normal; }
   .share { width: auto; }
   .facts td:first-child { white-space: normal; overflow-wrap: anywhere;
     min-width: 84px; }
