@@ -94,9 +94,13 @@ class Inspection:
         if self.classifies:
             return {}
         maps = [self.dense, self.compressed]
+        known = max(int(m.max()) + 1 for m in maps)
+        palette = _palette(meta, known)
+        if self.truth is not None:
+            maps.append(self.truth)
         values, counts = np.unique(np.stack(maps), return_counts=True)
-        largest = values[np.argsort(-counts)][:_MAX_LEGEND]
-        palette = _palette(meta, int(values.max()) + 1)
+        largest = values[np.argsort(-counts)]
+        largest = largest[largest < len(palette)][:_MAX_LEGEND]
         names = class_names(meta, len(palette))
         return {
             names[i]: tuple(np.array(palette[i]) / 255)

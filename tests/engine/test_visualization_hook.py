@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import cv2
 import pytest
 from helpers import small_config
 from mmengine.runner import Runner
 
 from pm_seg.engine import CompressionVisualizationHook
+from pm_seg.registry import PACKAGES
 
 
 def run(cfg, *backends: str) -> None:
@@ -84,3 +87,12 @@ def test_numbers_are_checked() -> None:
         CompressionVisualizationHook(interval=-1)
     with pytest.raises(ValueError, match='num_images=-2'):
         CompressionVisualizationHook(num_images=-2)
+
+
+def test_it_serves_both_packages() -> None:
+    for package in PACKAGES:
+        registry = import_module(f'{package}.registry').HOOKS
+        assert (
+            registry.get('CompressionVisualizationHook')
+            is CompressionVisualizationHook
+        )
