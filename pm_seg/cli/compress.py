@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
+import copy
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.runner import Runner, load_checkpoint
 
 from ..engine.compression import calibration_loader, compress, needs_data
+from ..engine.evaluation import compare_macs, compare_speed, evaluate
+from ..engine.html_report import CompressionReport, machine
+from ..engine.inspection import dataset_meta, inspect, test_pipeline
 from ..engine.report import describe
-from ..engine.scoring import require_compressible
+from ..engine.scoring import (
+    calibrated_modules,
+    require_compressible,
+    uncompressed,
+)
 from ..engine.targets import TARGETS, check_target
 from ..utils import ProgressReporter
 from ..utils.files import whole_files
@@ -70,9 +84,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="training batches to score; defaults to the config's hook",
     )
     group.add_argument(
+        '--evaluate',
+        action='store_true',
+        help='measure the accuracy on the validation data, dense and '
+        'compressed',
+    )
+    group.add_argument(
         '--device',
         default='cuda' if torch.cuda.is_available() else 'cpu',
         help='defaults to cuda if there is one',
+    )
+    group = parser.add_argument_group('report')
+    group.add_argument(
+        '--report',
+        metavar='HTML',
+        help='page to write about structure, costs, speed on the CPU, '
+        'accuracy (with --evaluate) and pictures; a single file',
+    )
+    group.add_argument(
+        '--report-images',
+        nargs='+',
+        metavar='IMG',
+        help='images for the report; defaults to two of the validation data',
     )
     add_common_arguments(parser)
     return parser.parse_args(argv)
@@ -106,24 +139,22 @@ def _target(text: str | None) -> dict[str, float] | None:
         wrong_usage(f'--target {text}: {error}')
 
 
-@command('No checkpoint was written.')
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``tools/compress.py``."""
-    args = parse_args(argv)
-    quiet_warnings()
-    cfg = load_config(args)
-    target = _target(args.target)
-    checkpoint = fetch_checkpoint(args.checkpoint)
-    if args.keep is not None:
-        _set_keep(cfg.model, args.keep)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    model = MODELS.build(cfg.model)
-    require_compressible(model)
-    saved = load_checkpoint(model, checkpoint, map_location='cpu')
-    model.to(args.device)
-    if needs_data(model):
-        check_data(cfg, 'train')
-    hook = _hook(cfg)
+def _options(node: object, path: str = '') -> dict[str, str]:
+    """Every compression dict of a model config, as text, by its place."""
+    found = {}
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == 'compression' and value is not None:
+                text = ', '.join(f'{k}={v!r}' for k, v in value.items())
+                found[f'{path}.compression'] = f'dict({text})'
+            else:
+                found |= _options(value, f'{path}.{key}'.lstrip('.'))
+    return found
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows what is being done, one bar after the other."""
     with ExitStack() as stack:
         reports: dict[str, ProgressReporter] = {}
 
@@ -135,10 +166,83 @@ def main(argv: list[str] | None = None) -> None:
             if done == total:
                 stack.close()
 
+        yield progress
+
+
+def _accuracy(model: BaseModel, cfg: Config) -> dict[str, dict[str, float]]:
+    """Metrics of the validation data, 'dense' and 'compressed'."""
+    metrics = {}
+    with _progress() as progress:
+        for name, setting in (
+            ('dense', uncompressed(model)),
+            ('compressed', nullcontext()),
+        ):
+            title = f'Evaluating, {name}'
+            with setting:
+                metrics[name] = evaluate(model, cfg, partial(progress, title))
+    for name, values in metrics.items():
+        shown = '  '.join(f'{k}: {v:.2f}' for k, v in values.items())
+        print(f'{name + ":":<12}{shown}')
+    return metrics
+
+
+def _samples(cfg: Config, images: list[str] | None) -> list[dict]:
+    """The images of the report, prepared as in testing."""
+    if images:
+        pipeline = test_pipeline(cfg)
+        return [pipeline(dict(img_path=path)) for path in images]
+    try:
+        check_data(cfg, 'val')
+    except SystemExit as error:
+        print(f'No pictures in the report: {error}', file=sys.stderr)
+        return []
+    loader = copy.deepcopy(cfg.val_dataloader)
+    loader.update(num_workers=0, persistent_workers=False)
+    dataset = Runner.build_dataloader(loader).dataset
+    return [dataset[0], dataset[len(dataset) // 2]][: len(dataset)]
+
+
+def _seconds(model: BaseModel, device: str) -> dict:
+    """Times of one image, on the CPU and the device if it is another."""
+    seconds = {}
+    if device != 'cpu':
+        seconds[device] = compare_speed(model)
+    seconds['CPU'] = compare_speed(model.cpu())
+    return seconds
+
+
+@command('What was announced as written is complete.')
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``tools/compress.py``."""
+    args = parse_args(argv)
+    quiet_warnings()
+    cfg = load_config(args)
+    target = _target(args.target)
+    checkpoint = fetch_checkpoint(args.checkpoint)
+    for path in args.report_images or ():
+        if not Path(path).is_file():
+            sys.exit(f'Image not found: {path}')
+    if args.keep is not None:
+        _set_keep(cfg.model, args.keep)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    model = MODELS.build(cfg.model)
+    require_compressible(model)
+    saved = load_checkpoint(model, checkpoint, map_location='cpu')
+    model.to(args.device)
+    if needs_data(model):
+        check_data(cfg, 'train')
+    if args.evaluate:
+        check_data(cfg, 'val')
+    hook = _hook(cfg)
+    scored = not all(
+        m.compressor.has_scores for m in calibrated_modules(model).values()
+    )
+    score_iters = args.score_iters or hook.get('score_iters', 50)
+    with _progress() as progress:
         keep = compress(
             model,
             calibration_loader(cfg),
-            args.score_iters or hook.get('score_iters', 50),
+            score_iters,
             hook.get('reduction', 'image'),
             hook.get('seed', 0),
             target,
@@ -154,9 +258,39 @@ def main(argv: list[str] | None = None) -> None:
         'pm_seg_version': __version__,
     }
     content = {'state_dict': model.cpu().state_dict(), 'meta': meta}
-    with whole_files(Path(args.out)) as (partial,):
-        torch.save(content, partial)
+    with whole_files(Path(args.out)) as (partial_file,):
+        torch.save(content, partial_file)
     print(f'Wrote {args.out}')
+    model.to(args.device)
+    accuracy = _accuracy(model, cfg) if args.evaluate else {}
+    if args.report:
+        typed = argv if argv is not None else sys.argv[1:]
+        facts = {
+            'config': args.config,
+            'checkpoint': checkpoint,
+            'compressed checkpoint': args.out,
+            **_options(cfg.model.to_dict()),
+            'command': shlex.join(['python', 'tools/compress.py', *typed]),
+            'machine': machine(),
+            'date': datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
+        }
+        if keep is not None:
+            facts['target'] = f'{args.target}, met by keep={keep:.3f}'
+        if scored:
+            facts['scored on'] = f'{score_iters} training batches'
+        samples = _samples(cfg, args.report_images)
+        inspections = [inspect(model, sample) for sample in samples]
+        CompressionReport(
+            model,
+            f'Compression of {Path(args.config).stem}',
+            facts,
+            compare_macs(model),
+            _seconds(model, args.device),
+            accuracy,
+            inspections,
+            dataset_meta(cfg, saved),
+        ).write(args.report)
+        print(f'Wrote {args.report}')
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ Nothing in this package imports OpenMMLab: it serves any transformer.
 from .base import Compressor
 from .compressor import TokenCompressor
 from .merging import MergingCompressor
+from .observe import GroupRecorder
 from .scores import ScoreRecorder, value_gradient_scores
 from .structure import (
     BUILDERS,
@@ -22,6 +23,7 @@ __all__ = [
     'BUILDERS',
     'Compressor',
     'DenseTokenMap',
+    'GroupRecorder',
     'MergingCompressor',
     'ScoreRecorder',
     'TokenCompressor',

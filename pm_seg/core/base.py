@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from .structure import Grid
 
 #: Tokens (B, P+N, C) after the last layer, and after layers asked for.
 LayerOutputs = tuple[Tensor, dict[int, Tensor]]
+#: Gets layers, the group of each of their patch tokens, int64, (B or 1, N),
+#: None where all are on their own, and the grid; in the order they run.
+Observer = Callable[[tuple[int, ...], Tensor | None, Grid], None]
 
 
 class Compressor(nn.Module):
@@ -47,6 +50,9 @@ class Compressor(nn.Module):
         self.dims = dims or 1
         self.layer_cost = layer_cost
         self._enabled = True
+        #: Called while the layers run, see
+        #: :class:`~pm_seg.core.observe.GroupRecorder`.
+        self.observer: Observer | None = None
 
     @property
     def has_structure(self) -> bool:

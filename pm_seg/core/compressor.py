@@ -15,6 +15,7 @@ from .base import Compressor, LayerOutputs
 from .budget import BUDGETS, LEVELS, allocate
 from .centres import CENTRES, select_centres, top_mask
 from .matching import NEIGHBOURS, neighbours, sketch_dims
+from .observe import patch_groups
 from .segments import Segments, make_segments
 from .structure import (
     BUILDERS,
@@ -613,6 +614,9 @@ class TokenCompressor(Compressor):
         collected = {}
         for stage in self.stages(grid):
             token_map = stage.token_map and stage.token_map.bind(x)
+            if self.observer is not None:
+                group = token_map and patch_groups(token_map, self.num_prefix)
+                self.observer(stage.layers, group, grid)
             start = x
             merged = x = x if token_map is None else token_map.merge(x)
             for layer in stage.layers:

@@ -170,6 +170,8 @@ class MergingCompressor(Compressor):
                 body, size = pool(body, size, position, left)
                 place = position.gather(1, place)
                 x = torch.cat([prefix, body.to(prefix.dtype)], dim=1)
+            if self.observer is not None:
+                self.observer((index,), place, grid)
             x = layer.feed_forward(x)
             if index in outputs:
                 collected[index] = self._restore(x, place)

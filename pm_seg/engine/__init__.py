@@ -1,11 +1,17 @@
 from .compression import apply_scores, compress
-from .hooks import ProgressHook, PruneMergeHook, SeedIterationHook
+from .hooks import (
+    CompressionVisualizationHook,
+    ProgressHook,
+    PruneMergeHook,
+    SeedIterationHook,
+)
 from .optimizers import PMLayerDecayOptimWrapperConstructor
 from .report import describe
 from .scoring import gather_scores
 from .targets import meet_target
 
 __all__ = [
+    'CompressionVisualizationHook',
     'PMLayerDecayOptimWrapperConstructor',
     'ProgressHook',
     'PruneMergeHook',

@@ -1,0 +1,113 @@
+"""Pictures of a compression during training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from matplotlib.figure import Figure
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from ...registry import register
+from ...visualization import to_array
+from ..inspection import dataset_meta, inspect, structure_figures
+from ..scoring import compressible_modules
+
+
+@register('HOOKS')
+class CompressionVisualizationHook(Hook):
+    """Draws structure, token groups and predictions with the visualizer.
+
+    Once before training, after ``PruneMergeHook`` has found the structure:
+    the tokens each layer keeps and the scores; then, and after every
+    ``interval`` validations: the groups of every layer and the predictions,
+    dense (these weights, compression off) and compressed, on images of the
+    validation data. Pictures go to all backends of the config's
+    ``visualizer``, for example ``LocalVisBackend`` (files in
+    ``vis_data/vis_image``) and ``TensorboardVisBackend``.
+
+    Args:
+        interval (int): Validations between pictures; 0 for none after the
+            first. Defaults to 1.
+        num_images (int): Validation images to draw, evenly spread over the
+            data. Defaults to 2.
+
+    Raises:
+        ValueError: On a negative number.
+
+    Example:
+        >>> custom_hooks = [
+        ...     dict(type='PruneMergeHook', score_iters=50),
+        ...     dict(type='CompressionVisualizationHook', interval=4)]
+        >>> visualizer = dict(
+        ...     vis_backends=[dict(type='TensorboardVisBackend')])
+    """
+
+    # After PruneMergeHook, and after EMAHook has put the weights back.
+    priority = 'LOW'
+
+    def __init__(self, interval: int = 1, num_images: int = 2) -> None:
+        for name, value in (
+            ('interval', interval),
+            ('num_images', num_images),
+        ):
+            if value < 0:
+                raise ValueError(f'{name}={value} must be at least 0')
+        self.interval = interval
+        self.num_images = num_images
+        self._validations = 0
+
+    def before_train(self, runner: Runner) -> None:
+        """Draw the structure, if there is one by now."""
+        model = _unwrapped(runner)
+        modules = compressible_modules(model).values()
+        if not modules or not is_main_process():
+            return
+        if not all(m.compressor.has_structure for m in modules):
+            runner.logger.warning(
+                'CompressionVisualizationHook: no token groups to draw yet; '
+                "add dict(type='PruneMergeHook') to custom_hooks"
+            )
+            return
+        for name, figure in structure_figures(model).items():
+            _add(runner, name, figure)
+        self._draw_images(runner)
+
+    def after_val_epoch(
+        self, runner: Runner, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Draw the images, every ``interval`` validations."""
+        self._validations += 1
+        if self.interval and self._validations % self.interval == 0:
+            self._draw_images(runner)
+
+    def _draw_images(self, runner: Runner) -> None:
+        model = _unwrapped(runner)
+        if (
+            not is_main_process()
+            or runner.val_loop is None
+            or not compressible_modules(model)
+        ):
+            return
+        dataset = runner.val_loop.dataloader.dataset
+        meta = dataset_meta(runner.cfg)
+        count = min(self.num_images, len(dataset))
+        for number in range(count):
+            sample = dataset[math.floor(number * len(dataset) / count)]
+            inspection = inspect(model, sample)
+            for kind, figure in inspection.figures(meta).items():
+                _add(runner, f'{kind}_{inspection.name}', figure)
+
+
+def _unwrapped(runner: Runner) -> torch.nn.Module:
+    model = runner.model
+    return model.module if is_model_wrapper(model) else model
+
+
+def _add(runner: Runner, name: str, figure: Figure) -> None:
+    runner.visualizer.add_image(
+        f'compression_{name}', to_array(figure), runner.iter
+    )

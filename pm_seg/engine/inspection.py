@@ -1,0 +1,360 @@
+"""What a compressed model makes of one image, and pictures of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS
+from mmengine.utils import to_2tuple
+from torch import Tensor
+
+from ..core import GroupRecorder, TokenCompressor
+from ..visualization import (
+    CHANGED,
+    JUDGED,
+    Panel,
+    depth_figure,
+    group_panels,
+    make_palette,
+    panel_figure,
+    prediction_panels,
+    ranking_figure,
+    score_panels,
+)
+from .report import module_reports
+from .scoring import (
+    compressible_modules,
+    evaluating,
+    require_compressible,
+    uncompressed,
+)
+
+TOP = 5
+_MAX_LEGEND = 14
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One image, dense and compressed.
+
+    Attributes:
+        name (str): Of the image file, without folder and suffix.
+        image (np.ndarray): What the model sees, RGB, uint8, (H, W, 3); the
+            middle crop of slide inference.
+        groups (dict[str, list[np.ndarray]]): Group of each token, (h, w), by
+            layer, by name of the module.
+        patch (int): Side of a token in pixels.
+        original (np.ndarray): The whole image, RGB, uint8.
+        dense, compressed (np.ndarray): Classes of the pixels of the whole
+            image, (H, W), or probabilities of the classes, (classes,).
+        truth (np.ndarray, optional): The annotation: classes of the pixels,
+            or numbers of the right classes.
+    """
+
+    name: str
+    image: np.ndarray
+    groups: dict[str, list[np.ndarray]]
+    patch: int
+    original: np.ndarray
+    dense: np.ndarray
+    compressed: np.ndarray
+    truth: np.ndarray | None = None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model says one class for the image, not a map."""
+        return self.dense.ndim == 1
+
+    def group_panels(self) -> list[Panel]:
+        """The groups of every layer over the image."""
+        return group_panels(self.image, self.groups, self.patch)
+
+    def prediction_panels(self, meta: dict) -> list[Panel]:
+        """Segmentations beside each other, see :func:`prediction_panels`."""
+        if self.classifies:
+            return [Panel('image', self.image)]
+        palette = _palette(meta, int(max(self.dense.max(), 0)) + 1)
+        return prediction_panels(
+            self.original, self.dense, self.compressed, palette, self.truth
+        )
+
+    def legend(self, meta: dict) -> dict[str, tuple[float, ...]]:
+        """Colours of the largest classes."""
+        if self.classifies:
+            return {}
+        maps = [self.dense, self.compressed]
+        known = max(int(m.max()) + 1 for m in maps)
+        palette = _palette(meta, known)
+        if self.truth is not None:
+            maps.append(self.truth)
+        values, counts = np.unique(np.stack(maps), return_counts=True)
+        largest = values[np.argsort(-counts)]
+        largest = largest[largest < len(palette)][:_MAX_LEGEND]
+        names = class_names(meta, len(palette))
+        return {
+            names[i]: tuple(np.array(palette[i]) / 255)
+            for i in sorted(largest)
+        }
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """Colours of the differences."""
+        if self.classifies:
+            return {}
+        return CHANGED if self.truth is None else JUDGED
+
+    def ranking(self, meta: dict) -> list[tuple[str, float, float]]:
+        """Classes either model has among its best, by the dense one's order.
+
+        Returns:
+            list[tuple[str, float, float]]: Name, which says so if it is
+            right, and both probabilities.
+        """
+        best = set()
+        for scores in (self.dense, self.compressed):
+            best |= set(np.argsort(-scores)[:TOP].tolist())
+        names = class_names(meta, len(self.dense))
+        right = set() if self.truth is None else set(self.truth.tolist())
+        return [
+            (
+                names[i] + (' (right)' if i in right else ''),
+                float(self.dense[i]),
+                float(self.compressed[i]),
+            )
+            for i in sorted(best, key=lambda i: -self.dense[i])
+        ]
+
+    def figures(self, meta: dict) -> dict[str, Figure]:
+        """'groups' and 'prediction', to be saved.
+
+        Args:
+            meta (dict): ``classes`` and ``palette`` of the dataset, both may
+                be missing.
+        """
+        if self.classifies:
+            prediction = ranking_figure(self.image, self.ranking(meta))
+        else:
+            panels = self.prediction_panels(meta)
+            colours = {**self.legend(meta), **self.changes}
+            prediction = panel_figure(panels, len(panels), colours)
+        return {
+            'groups': panel_figure(self.group_panels()),
+            'prediction': prediction,
+        }
+
+
+def class_names(meta: dict, count: int) -> list[str]:
+    """Names of the classes; their numbers where there are none."""
+    names = list(meta.get('classes') or ())[:count]
+    # Synonyms ('tench, Tinca tinca') are too long for a picture.
+    short = [str(name).split(',')[0] for name in names]
+    return short + [f'class {i}' for i in range(len(short), count)]
+
+
+def _palette(meta: dict, least: int) -> list[Sequence[int]]:
+    palette = list(meta.get('palette') or ())
+    count = max(least, len(meta.get('classes') or ()))
+    return palette if len(palette) >= least else make_palette(count)
+
+
+def dataset_meta(cfg: Config, saved: dict | None = None) -> dict:
+    """Class names and palette of a config's dataset.
+
+    Args:
+        cfg (Config): The config.
+        saved (dict, optional): A checkpoint; what it says counts first.
+    """
+    meta = (saved or {}).get('meta', {}).get('dataset_meta')
+    if meta and meta.get('classes'):
+        return meta
+    for loader in ('test', 'val', 'train'):
+        dataset = _innermost(cfg.get(f'{loader}_dataloader') or {})
+        if dataset is None:
+            continue
+        cls = dataset.get('type')
+        if isinstance(cls, str):
+            with DATASETS.switch_scope_and_registry(None) as registry:
+                cls = registry.get(cls)
+        found = {
+            **(getattr(cls, 'METAINFO', None) or {}),
+            **(dataset.get('metainfo') or {}),
+        }
+        if found.get('classes'):
+            return found
+    return {}
+
+
+def _innermost(loader: dict) -> dict | None:
+    """The dataset's config inside wrappers that repeat or join it."""
+    dataset = loader.get('dataset')
+    while dataset is not None and dataset.get('dataset'):
+        dataset = dataset['dataset']
+    return dataset
+
+
+def test_pipeline(cfg: Config) -> Compose:
+    """The transforms of testing, for images without annotation.
+
+    Raises:
+        ValueError: If the config has no test data loader.
+    """
+    for loader in ('test', 'val'):
+        dataset = _innermost(cfg.get(f'{loader}_dataloader') or {})
+        if dataset is not None and dataset.get('pipeline'):
+            steps = copy.deepcopy(dataset['pipeline'])
+            return Compose(
+                [s for s in steps if s['type'] != 'LoadAnnotations']
+            )
+    raise ValueError(
+        'the config has no test_dataloader whose dataset has a pipeline; it '
+        'is needed to prepare images as in testing'
+    )
+
+
+def require_structure(model: BaseModel) -> None:
+    """Raise ``ValueError`` unless the model can run compressed.
+
+    Merging by similarity needs no data and is given its schedule.
+    """
+    for name, module in require_compressible(model).items():
+        compressor = module.compressor
+        if not compressor.has_structure:
+            if isinstance(compressor, TokenCompressor):
+                raise ValueError(
+                    f'{name} has no token groups yet: the checkpoint is a '
+                    'dense one. Compress it first: python tools/compress.py '
+                    'CONFIG CHECKPOINT --out pm.pth'
+                )
+            compressor.build()
+
+
+@torch.no_grad()
+def inspect(
+    model: BaseModel, sample: dict, dense_model: BaseModel | None = None
+) -> Inspection:
+    """Run a compressed model on one image and look inside.
+
+    Args:
+        model (BaseModel): A compressed mmseg or mmpretrain model, not
+            wrapped.
+        sample (dict): What :func:`test_pipeline` or an item of a validation
+            dataset gives.
+        dense_model (BaseModel, optional): What to compare with. Defaults to
+            the same weights with compression off.
+    """
+    data = pseudo_collate([sample])
+    with evaluating(model):
+        prepared = model.data_preprocessor(copy.copy(data), training=False)
+        crop = _middle(model, prepared['inputs'].shape[2:])
+        with ExitStack() as stack:
+            recorders = {
+                name or type(module).__name__: stack.enter_context(
+                    GroupRecorder(module.compressor)
+                )
+                for name, module in compressible_modules(model).items()
+            }
+            model(prepared['inputs'][(..., *crop)], mode='tensor')
+        compressed = _predict(model, data)
+        if dense_model is None:
+            with uncompressed(model):
+                dense = _predict(model, data)
+        else:
+            with evaluating(dense_model):
+                dense = _predict(dense_model, data)
+    seen = _pixels(sample['inputs'], prepared['inputs'].shape[2:])
+    annotated = sample['data_samples']
+    truth = None
+    if dense.ndim == 1 and 'gt_label' in annotated:
+        truth = annotated.gt_label.cpu().numpy().reshape(-1)
+    elif 'gt_sem_seg' in annotated:
+        truth = annotated.gt_sem_seg.data[0].cpu().numpy()
+        truth = truth if truth.shape == dense.shape else None
+    path = annotated.metainfo.get('img_path')
+    original = mmcv.imread(path, channel_order='rgb') if path else seen
+    if dense.ndim == 2 and original.shape[:2] != dense.shape:
+        original = mmcv.imresize(original, dense.shape[::-1])
+    return Inspection(
+        name=Path(path or 'image').stem,
+        image=seen[crop],
+        groups={
+            name: [
+                group[0].view(recorder.grid).numpy()
+                for group in recorder.groups
+            ]
+            for name, recorder in recorders.items()
+        },
+        patch=to_2tuple(getattr(model.backbone, 'patch_size', 16))[0],
+        original=original,
+        dense=dense,
+        compressed=compressed,
+        truth=truth,
+    )
+
+
+def _predict(model: BaseModel, data: dict) -> np.ndarray:
+    """Classes of the pixels, (H, W), or probabilities of the classes."""
+    result = model.test_step(copy.deepcopy(data))[0]
+    if 'pred_sem_seg' in result:
+        return result.pred_sem_seg.data[0].cpu().numpy()
+    return result.pred_score.float().cpu().numpy()
+
+
+def _middle(model: BaseModel, size: tuple[int, int]) -> tuple[slice, slice]:
+    """The middle crop of slide inference, or the whole image."""
+    test_cfg = getattr(model, 'test_cfg', None) or {}
+    wanted = size
+    if test_cfg.get('mode') == 'slide':
+        wanted = to_2tuple(test_cfg['crop_size'])
+    starts = [max(total - part, 0) // 2 for total, part in zip(size, wanted)]
+    return tuple(
+        slice(start, start + part) for start, part in zip(starts, wanted)
+    )
+
+
+def _pixels(inputs: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """A sample's image, BGR (3, H, W), as RGB (H', W', 3), padded."""
+    image = inputs.flip(0).permute(1, 2, 0).cpu().numpy()
+    if image.dtype != np.uint8:  # normalised in the pipeline already
+        low, high = image.min(), image.max()
+        image = ((image - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
+    below, right = (max(a - b, 0) for a, b in zip(size, image.shape))
+    return np.pad(image, ((0, below), (0, right), (0, 0)))
+
+
+def module_scores(model: BaseModel) -> dict[str, np.ndarray]:
+    """Scores (layers, h, w) of the modules whose structure has any."""
+    return {
+        name or type(module).__name__: module.compressor.scores.cpu()
+        .view(-1, *module.compressor.grid)
+        .numpy()
+        for name, module in compressible_modules(model).items()
+        if module.compressor.uses_scores and module.compressor.has_scores
+    }
+
+
+def structure_figures(model: BaseModel) -> dict[str, Figure]:
+    """What does not depend on the image: 'tokens', and 'scores' if any.
+
+    Args:
+        model (BaseModel): With a structure, not wrapped.
+    """
+    kept = {
+        name: [100 * x.groups / report.num_tokens for x in report.layers]
+        for name, report in module_reports(model).items()
+    }
+    figures = {'tokens': depth_figure(kept, 'patch tokens kept, %', 100)}
+    panels = score_panels(module_scores(model))
+    if panels:
+        figures['scores'] = panel_figure(panels, score_bar=True)
+    return figures

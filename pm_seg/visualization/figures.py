@@ -1,0 +1,270 @@
+"""Figures of pictures and curves, drawn without a display."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from .panels import CYCLE, SCORE_COLOURS, Panel
+
+_DPI = 100
+_FONT = 11
+# Of panels, in pixels: widths that stay as they are, distance, title.
+_NARROW, _WIDE, _GAP, _HEAD = 280, 360, 8, 32
+
+
+def save_panels(
+    path: str | Path,
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+) -> None:
+    """Write a grid of RGB images with column titles as a PNG.
+
+    Args:
+        path (str | Path): File to write.
+        rows (Sequence): Images (H, W, 3) of each row, one for each title.
+        titles (Sequence[str]): Column titles.
+    """
+    heights = [row[0].shape[0] / row[0].shape[1] for row in rows]
+    width = 2.6
+    figure = Figure(
+        figsize=(width * len(titles), width * sum(heights) + 0.4), dpi=110
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(
+        len(rows),
+        len(titles),
+        squeeze=False,
+        gridspec_kw={'height_ratios': heights},
+    )
+    for line, images in zip(axes, rows):
+        for axis, image in zip(line, images):
+            axis.imshow(image)
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path)
+
+
+def panel_figure(
+    panels: Sequence[Panel],
+    columns: int = 4,
+    legend: Mapping[str, Sequence[float]] | None = None,
+    score_bar: bool = False,
+) -> Figure:
+    """Panels in rows, each below its title.
+
+    Args:
+        panels (Sequence[Panel]): At least one.
+        columns (int): Panels in a row. Defaults to 4.
+        legend (Mapping, optional): Colours, RGB from 0 to 1, by name, shown
+            below the panels.
+        score_bar (bool): Whether to show the scale of
+            :func:`~pm_seg.visualization.score_panels` below the panels.
+
+    Returns:
+        Figure: To be passed to :func:`save_figure` or :func:`to_array`.
+    """
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    # Pixel by pixel: a figure that is scaled loses the outlines of tokens.
+    wide = panels[0].image.shape[1]
+    wide = min(max(wide, _NARROW), _WIDE)
+    images = [_resized(panel.image, wide) for panel in panels]
+    tall = max(image.shape[0] for image in images)
+    width = columns * (wide + _GAP) + _GAP
+    per_line = lines = 0
+    if legend:
+        per_line = max(width // (10 * max(map(len, legend)) + 50), 1)
+        lines = -(-len(legend) // per_line)
+    foot = 26 * lines + 44 * score_bar + 6
+    height = rows * (tall + _HEAD) + foot
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    for number, (panel, image) in enumerate(zip(panels, images)):
+        row, column = divmod(number, columns)
+        left = _GAP + column * (wide + _GAP)
+        bottom = height - (row + 1) * (tall + _HEAD) + tall - image.shape[0]
+        place = left, bottom, wide, image.shape[0]
+        axis = figure.add_axes(_fractions(place, width, height))
+        axis.imshow(image, interpolation='nearest', aspect='auto')
+        axis.set_axis_off()
+        axis.set_title(panel.title, fontsize=_FONT, pad=4)
+    if legend:
+        figure.legend(
+            handles=[
+                Patch(facecolor=colour, edgecolor='0.3', label=name)
+                for name, colour in legend.items()
+            ],
+            loc='lower center',
+            ncols=min(per_line, len(legend)),
+            fontsize=_FONT,
+            frameon=False,
+            borderaxespad=0.1,
+            handlelength=1.2,
+            columnspacing=1.4,
+        )
+    if score_bar:
+        place = width / 2 - 110, 18, 140, 12
+        axis = figure.add_axes(_fractions(place, width, height))
+        axis.imshow(np.linspace(0, 1, 256)[None], SCORE_COLOURS, aspect='auto')
+        axis.set_axis_off()
+        for x, side, text in (
+            (-0.04, 'right', '0'),
+            (1.04, 'left', '99th percentile'),
+        ):
+            axis.text(
+                x,
+                0.5,
+                text,
+                ha=side,
+                va='center',
+                transform=axis.transAxes,
+                fontsize=_FONT,
+            )
+    return figure
+
+
+def _resized(image: np.ndarray, width: int) -> np.ndarray:
+    """The image at another width."""
+    if image.shape[1] == width:
+        return image
+    size = width, max(round(image.shape[0] * width / image.shape[1]), 1)
+    shrinks = width < image.shape[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
+    return cv2.resize(image, size, interpolation=method)
+
+
+def _fractions(
+    place: tuple[float, float, float, float], width: int, height: int
+) -> tuple[float, float, float, float]:
+    """Left, bottom, width and height in pixels as parts of a figure."""
+    left, bottom, wide, tall = place
+    return left / width, bottom / height, wide / width, tall / height
+
+
+def depth_figure(
+    series: Mapping[str, Sequence[float]],
+    label: str,
+    full: float | None = None,
+) -> Figure:
+    """Values by layer, as steps, one line for each name.
+
+    Args:
+        series (Mapping): A value for each layer, by name.
+        label (str): Of the vertical axis.
+        full (float, optional): Upper limit, drawn as the dense model's line.
+    """
+    figure = Figure(figsize=(4.6, 2.9), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    if full is not None:
+        axis.axhline(full, color='0.45', linestyle=':', linewidth=1.5)
+        axis.annotate(
+            'dense',
+            (1, full),
+            (-4, -4),
+            xycoords=('axes fraction', 'data'),
+            textcoords='offset points',
+            ha='right',
+            va='top',
+            color='0.3',
+        )
+    for number, (name, values) in enumerate(series.items()):
+        axis.plot(
+            range(len(values)),
+            values,
+            marker='osD^v*'[number % 6],
+            markersize=5,
+            color=CYCLE[number % len(CYCLE)],
+            linestyle=('-', '--', '-.')[number % 3],
+            label=name,
+        )
+    axis.set_xlabel('layer')
+    axis.set_ylabel(label)
+    axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.grid(axis='y', color='0.9')
+    axis.set_axisbelow(True)
+    if len(series) > 1:
+        axis.legend(frameon=False, loc='best')
+    figure.tight_layout(pad=0.5)
+    return figure
+
+
+def ranking_figure(
+    image: np.ndarray, ranking: Sequence[tuple[str, float, float]]
+) -> Figure:
+    """An image beside bars of its likeliest classes.
+
+    Args:
+        image (np.ndarray): RGB, uint8, (H, W, 3).
+        ranking (Sequence): Class, probability by the dense and by the
+            compressed model; the first on top.
+    """
+    figure = Figure(figsize=(9.0, 3.4), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    shown = figure.add_axes((0.01, 0.02, 0.33, 0.96))
+    shown.imshow(image)
+    shown.set_axis_off()
+    names = [textwrap.shorten(name, 28) for name, _, _ in ranking]
+    longest = max(map(len, names))
+    left = 0.37 + 0.0088 * longest
+    axis = figure.add_axes((left, 0.15, 0.95 - left, 0.72))
+    where = np.arange(len(names))
+    for number, name in enumerate(('dense', 'compressed')):
+        values = [100 * row[1 + number] for row in ranking]
+        bars = axis.barh(
+            where + (number - 0.5) * 0.4,
+            values,
+            0.36,
+            color=CYCLE[number],
+            label=name,
+        )
+        axis.bar_label(bars, fmt='%.1f', padding=2, fontsize=_FONT - 2)
+    axis.set_yticks(where, names, fontsize=_FONT)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlim(0, 112)
+    axis.set_xticks(range(0, 101, 25))
+    axis.set_xlabel('probability, %')
+    axis.spines[['top', 'right']].set_visible(False)
+    figure.legend(
+        *axis.get_legend_handles_labels(),
+        frameon=False,
+        loc='upper right',
+        ncols=2,
+        fontsize=_FONT,
+    )
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, format='png', facecolor='white')
+
+
+def to_array(figure: Figure) -> np.ndarray:
+    """A figure as RGB pixels, uint8, (H, W, 3)."""
+    figure.set_facecolor('white')
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def to_svg(figure: Figure) -> str:
+    """A figure as SVG; text becomes outlines, the same in every browser."""
+    out = io.StringIO()
+    figure.savefig(
+        out, format='svg', facecolor='white', metadata={'Date': None}
+    )
+    return out.getvalue()
