@@ -35,7 +35,7 @@ from .common import (
     load_config,
     quiet_warnings,
 )
-from .export_onnx import Predictor, export
+from .export_onnx import Predictor, check_exporter, export
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 MODES = ('eager', 'compiled', 'cudagraph', 'onnx')
@@ -388,10 +388,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     quiet_warnings()
     if 'cudagraph' in args.modes and args.device != 'cuda':
         sys.exit('--modes cudagraph needs a CUDA device')
-    if 'onnx' in args.modes and (
-        args.train or args.device != 'cpu' or args.dtype != ['fp32']
-    ):
-        sys.exit('--modes onnx times inference with --device cpu --dtype fp32')
+    if 'onnx' in args.modes:
+        if args.train or args.device != 'cpu' or args.dtype != ['fp32']:
+            sys.exit(
+                '--modes onnx times inference with --device cpu --dtype fp32'
+            )
+        check_exporter()
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     native = cfg.model.backbone.get('img_size', 224)
