@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -38,6 +39,7 @@ def allow_training_state() -> None:
         np.dtype,
         multiarray._reconstruct,
         multiarray.scalar,
+        codecs.encode,  # bytes, in pickles of protocol 2; torch < 2.5
     ]
     types += [
         type(np.dtype(kind))
