@@ -1,12 +1,17 @@
 # make demo   compress, fine-tune, measure and draw a Segmenter (see README)
 # make test   all tests that fit a CI run; make test-slow runs the others
+# make test-original, make test-oldest   other stacks, see docs/stacks.md
 PYTHON ?= python3
 VENV ?= .venv
+# forks or original: the OpenMMLab packages to install
+STACK ?= forks
+TORCH ?= torch torchvision
+OLDEST_TORCH := torch==2.4.1 torchvision==0.19.1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REQUIREMENTS := $(wildcard requirements/*.txt) setup.py
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-original test-oldest clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --work-dir work_dirs/demo
@@ -19,14 +24,33 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+test-original:
+	$(MAKE) test STACK=original VENV=.venv-original
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest TORCH="$(OLDEST_TORCH)"
+
 $(STAMP): $(REQUIREMENTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	"Python 3.10 or newer is needed: make PYTHON=python3.x")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar off torch torchvision
+	$(BIN)/python -m pip install --progress-bar off $(TORCH)
+	$(MAKE) install-$(STACK) VENV=$(VENV)
 	$(BIN)/python -m pip install --progress-bar off \
-	-r requirements/mminstall.txt -r requirements/tests.txt -e .
+	-r requirements/tests.txt -e .
 	touch $@
 
+.PHONY: install-forks install-original
+install-forks:
+	$(BIN)/python -m pip install --progress-bar off \
+	-r requirements/mminstall.txt
+
+install-original:
+	$(BIN)/python -m pip install --progress-bar off \
+	-r requirements/mmbuild-original.txt
+	.ci/build_mmcv $(BIN)/python $(VENV)/wheels
+	$(BIN)/python -m pip install --progress-bar off \
+	--find-links $(VENV)/wheels -r requirements/mminstall-original.txt
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info work_dirs
+	rm -rf $(VENV) .venv-* build dist *.egg-info work_dirs

@@ -13,12 +13,17 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
+from pm_seg.cli.export_onnx import has_exporter
 from pm_seg.models.distillation import strip_compression
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Goldens, trained weights and CamVid; tests that need them are skipped
 #: where they are missing.
 SHARED = Path(os.environ.get('PM_SEG_SHARED', ROOT.parent / 'shared'))
+
+needs_exporter = pytest.mark.skipif(
+    not has_exporter(), reason='the exporter to ONNX came with torch 2.5'
+)
 
 
 def shared_path(relative: str) -> Path:

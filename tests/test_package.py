@@ -50,7 +50,7 @@ def test_installed_copy_brings_its_configs(tmp_path: Path) -> None:
         ROOT,
         source,
         ignore=shutil.ignore_patterns(
-            '.venv', '.git', 'work_dirs', 'data', 'checkpoints', 'build'
+            '.venv*', '.git', 'work_dirs', 'data', 'checkpoints', 'build'
         ),
     )
     site = tmp_path / 'site'

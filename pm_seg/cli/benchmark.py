@@ -37,7 +37,7 @@ from .common import (
     quiet_warnings,
     wrong_usage,
 )
-from .export_onnx import Predictor, export
+from .export_onnx import Predictor, check_exporter, export
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 MODES = ('eager', 'compiled', 'cudagraph', 'onnx')
@@ -446,6 +446,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         wrong_usage(
             '--modes onnx times inference with --device cpu --dtype fp32'
         )
+    if 'onnx' in args.modes:
+        check_exporter()
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     native = cfg.model.backbone.get('img_size', 224)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'export_onnx.py',
         'Write a model as ONNX, from normalised images (B, 3, H, W) to class '
         'logits, with fixed B, H and W, and compare it with PyTorch in '
-        'onnxruntime. Exit code 1 if they differ too much. Needs: pip '
-        'install onnx onnxscript onnxruntime.',
+        'onnxruntime. Exit code 1 if they differ too much. Needs torch '
+        '>= 2.5 and: pip install onnx onnxscript onnxruntime.',
         (
             "the config's image size, one image at a time",
             'configs/segmenter_vit-s_pm_ade20k.py pm.pth --out pm.onnx',
@@ -98,6 +99,24 @@ class Predictor(nn.Module):
         return logits
 
 
+def has_exporter() -> bool:
+    """Whether torch has the exporter to ONNX that came with torch 2.5."""
+    return 'external_data' in inspect.signature(torch.onnx.export).parameters
+
+
+def check_exporter() -> None:
+    """Stop if torch is too old.
+
+    Raises:
+        SystemExit: Naming the version that is needed.
+    """
+    if not has_exporter():
+        raise SystemExit(
+            f'torch {torch.__version__} cannot write these models as ONNX: '
+            'the exporter came with torch 2.5; please update torch for this'
+        )
+
+
 def export(model: nn.Module, images: Tensor, path: Path) -> None:
     """Write ``model`` for inputs of the shape of ``images``, or nothing.
 
@@ -144,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         sys.exit(f'{error}; pip install onnx onnxscript onnxruntime')
+    check_exporter()
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     model = MODELS.build(cfg.model)

@@ -231,8 +231,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
             _check_archive(path)
         # Training scripts of this field save their arguments; a namespace is
         # a bag of attributes and its unpickling sets nothing else.
-        if hasattr(torch.serialization, 'add_safe_globals'):
-            torch.serialization.add_safe_globals([argparse.Namespace])
+        torch.serialization.add_safe_globals([argparse.Namespace])
         content = read_checkpoint(path)
     except UnpicklingError as error:
         # torch's own advice is to load unsafely: not passed on.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
-from mmcv.cnn.bricks.transformer import MultiheadAttention
+from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
 from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
 
@@ -93,6 +95,16 @@ class FusedMultiheadAttention(MultiheadAttention):
         return identity + self.dropout_layer(self.proj_drop(out)), keys
 
 
+class PlainFFN(FFN):
+    """mmcv's feed-forward network without a wrapper around ``forward``.
+
+    The wrapper renames a deprecated argument; ``torch.compile`` of torch 2.4
+    cannot trace it.
+    """
+
+    forward = inspect.unwrap(FFN.forward)
+
+
 class PMTransformerEncoderLayer(TransformerEncoderLayer):
     """mmseg's encoder layer on fused attention.
 
@@ -108,6 +120,9 @@ class PMTransformerEncoderLayer(TransformerEncoderLayer):
 
     def build_attn(self, attn_cfg: dict) -> None:
         self.attn = FusedMultiheadAttention(**attn_cfg)
+
+    def build_ffn(self, ffn_cfg: dict) -> None:
+        self.ffn = PlainFFN(**ffn_cfg)
 
     def attend(
         self, x: Tensor, key_bias: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -17,6 +18,12 @@ def _history_method(owner: type, name: str) -> object:
     return getattr(owner, name)
 
 
+# Allowed under the name of what it stands in for; torch before 2.6 takes no
+# other name than a function's own.
+_history_method.__module__ = 'builtins'
+_history_method.__name__ = _history_method.__qualname__ = 'getattr'
+
+
 def allow_training_state() -> None:
     """Let weights-only loading read what mmengine saves for resuming.
 
@@ -24,8 +31,6 @@ def allow_training_state() -> None:
     cannot resume: its checkpoints hold logged scalars as ``HistoryBuffer``
     with numpy arrays. These few types are allowed; code is still refused.
     """
-    if not hasattr(torch.serialization, 'safe_globals'):
-        return  # older torch, where the default reads everything
     core = np._core if hasattr(np, '_core') else np.core
     multiarray = core.multiarray
     types: list = [
@@ -34,12 +39,13 @@ def allow_training_state() -> None:
         np.dtype,
         multiarray._reconstruct,
         multiarray.scalar,
+        codecs.encode,  # bytes, in pickles of protocol 2; torch < 2.5
     ]
     types += [
         type(np.dtype(kind))
         for kind in (np.float32, np.float64, np.int32, np.int64, np.uint32)
     ]
-    types.append((_history_method, 'builtins.getattr'))
+    types.append(_history_method)
     torch.serialization.add_safe_globals(types)
 
 

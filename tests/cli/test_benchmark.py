@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers import needs_exporter
 
 from pm_seg.cli import benchmark
 
@@ -25,6 +26,7 @@ def run(tmp_path: Path, *options: str) -> list[dict]:
     return rows
 
 
+@needs_exporter
 def test_all_methods_at_the_same_share(tmp_path: Path, capsys) -> None:
     rows = run(tmp_path, '--modes', 'eager', 'onnx', '--batch-size', '1', '2')
     assert len(rows) == 5 * 2 * 2

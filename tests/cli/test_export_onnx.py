@@ -8,10 +8,15 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from helpers import run_tool
+from helpers import needs_exporter, run_tool
 from tiny import batch, build
 
-from pm_seg.cli.export_onnx import Predictor, compare, export
+from pm_seg.cli.export_onnx import (
+    Predictor,
+    check_exporter,
+    compare,
+    export,
+)
 from pm_seg.engine import compress
 
 CASES = {
@@ -34,6 +39,7 @@ def predictor(case: str, resize: bool = True) -> Predictor:
     return Predictor(model, resize).eval()
 
 
+@needs_exporter
 @pytest.mark.parametrize('case', list(CASES))
 def test_onnxruntime_agrees(case: str, tmp_path: Path) -> None:
     model = predictor(case)
@@ -47,6 +53,7 @@ def test_onnxruntime_agrees(case: str, tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ['model.onnx']
 
 
+@needs_exporter
 @pytest.mark.parametrize('case', ['ours', 'pruned'])
 def test_another_size(case: str, tmp_path: Path) -> None:
     model = predictor(case, resize=False)
@@ -68,6 +75,7 @@ def test_torch_export_round_trip(case: str) -> None:
         torch.testing.assert_close(again(images), model(images))
 
 
+@needs_exporter
 def test_nothing_is_left_of_a_failed_export(tmp_path: Path) -> None:
     class Broken(torch.nn.Module):
         def forward(self, x):
@@ -81,3 +89,10 @@ def test_nothing_is_left_of_a_failed_export(tmp_path: Path) -> None:
 def test_help() -> None:
     text = run_tool('tools/export_onnx.py', '--help').stdout
     assert 'onnxruntime' in text and '--tolerance' in text
+
+
+def test_old_torch_is_named(monkeypatch) -> None:
+    """Torch 2.4 has another ``torch.onnx.export``."""
+    monkeypatch.setattr(torch.onnx, 'export', lambda model, args, f: None)
+    with pytest.raises(SystemExit, match=r'came with torch 2\.5'):
+        check_exporter()
