@@ -339,3 +339,21 @@ def quiet_warnings() -> None:
         r'.*`lr_scheduler.step\(\)` before `optimizer.step',
     ):
         warnings.filterwarnings('ignore', message=pattern)
+
+
+def ensure_compression_hook(cfg: Config) -> None:
+    """Add ``PruneMergeHook`` to a config that compresses without it."""
+
+    def compresses(node: object) -> bool:
+        if not isinstance(node, dict):
+            return False
+        options = node.get('compression')
+        if options and options.get('type', 'prune_merge') == 'prune_merge':
+            return True
+        return any(map(compresses, node.values()))
+
+    hooks = list(cfg.get('custom_hooks') or [])
+    if compresses(cfg.model) and not any(
+        hook['type'] == 'PruneMergeHook' for hook in hooks
+    ):
+        cfg.custom_hooks = [*hooks, dict(type='PruneMergeHook')]

@@ -11,6 +11,7 @@ from .common import (
     add_common_arguments,
     check_checkpoints,
     check_data,
+    ensure_compression_hook,
     fix_teacher,
     join_cpu_processes,
     load_config,
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
                 'N) in the config: the batch size its learning rate is for'
             )
         cfg.auto_scale_lr.enable = True
+    ensure_compression_hook(cfg)
     check_data(cfg, 'train', 'val')
     fix_teacher(cfg)
     if args.resume or cfg.get('resume'):
