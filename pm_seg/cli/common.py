@@ -138,6 +138,9 @@ def join_cpu_processes(cfg: Config) -> None:
     if cfg.launcher != 'pytorch' or get_device() != 'cpu':
         return
     torch.distributed.init_process_group('gloo')
+    wrapper = (cfg.get('strategy') or {}).get('model_wrapper')
+    if wrapper:  # FSDP would move to a GPU
+        wrapper.device_id = torch.device('cpu')
     cfg.model_wrapper_cfg = dict(
         type='MMDistributedDataParallel',
         device_ids=None,

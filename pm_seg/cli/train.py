@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mmengine.device import get_device
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .common import (
@@ -73,7 +74,10 @@ def main(argv: list[str] | None = None) -> None:
         prepare_resume(cfg)
     check_checkpoints(cfg)
     join_cpu_processes(cfg)
-    Runner.from_cfg(cfg).train()
+    if 'runner_type' in cfg:  # FlexibleRunner, for FSDP
+        RUNNERS.build(cfg).train()
+    else:
+        Runner.from_cfg(cfg).train()
 
 
 if __name__ == '__main__':
