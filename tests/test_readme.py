@@ -32,7 +32,7 @@ RUN_BY: dict[str, str | list[str]] = {
     ],
     'python tools/test.py CONFIG PM.pth --show-dir pictures': [],
     'python tools/benchmark.py CONFIG --modes eager compiled': [
-        '--rounds', '2', '--modes', 'eager',
+        '--rounds', '2', '--modes', 'eager', '--share', '0.9',
     ],
     'python tools/export_onnx.py CONFIG PM.pth --out PM.onnx': [],
     'tools/dist_train.sh CONFIG 8': [],
