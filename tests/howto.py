@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import sys
 from pathlib import Path
 
 from helpers import ROOT
 
-_FILE = re.compile(r'`(my_project/[\w/.]+)`[^\n]*\n\n```python\n(.*?)```', re.S)
+_FILE = re.compile(
+    r'`(my_project/[\w/.]+)`[^\n]*\n\n```python\n(.*?)```', re.S
+)
+_ONE_THREAD = {'OMP_NUM_THREADS': '1'}
 _SHELL = re.compile(r'```sh\n(.*?)```', re.S)
 
 
@@ -31,3 +37,12 @@ def commands(page: str) -> list[str]:
             if line.strip():
                 found.append(' '.join(line.split()))
     return found
+
+
+def shell_environment() -> dict[str, str]:
+    """For ``bash``: this Python first, and a free port for torchrun."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    return {**os.environ, 'PATH': path, 'PORT': str(port), **_ONE_THREAD}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from howto import commands, write_files
+from howto import commands, shell_environment, write_files
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
@@ -58,9 +56,7 @@ def compressed(config: str | Path, checkpoint: Path) -> None:
         classes=[f'class {i}' for i in range(count)],
         palette=[[9 * i, 99, 99] for i in range(count)],
     )
-    saved = dict(
-        state_dict=model.state_dict(), meta=dict(dataset_meta=meta)
-    )
+    saved = dict(state_dict=model.state_dict(), meta=dict(dataset_meta=meta))
     torch.save(saved, checkpoint)
 
 
@@ -112,12 +108,11 @@ def test_fsdp(tmp_path: Path, scenes: Path) -> None:
     )
     lines = [line for line in commands(page) if 'work_dirs/fsdp' in line]
     assert len(lines) == 2
-    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     for line in lines:
         result = subprocess.run(
             ['bash', '-c', f'{line} log_level=INFO'],
             cwd=tmp_path,
-            env={**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1'},
+            env=shell_environment(),
             capture_output=True,
             text=True,
         )

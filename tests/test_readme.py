@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, dense_checkpoint, small_config
-from howto import commands
+from howto import commands, shell_environment
 
 TOOLS = 'tests/cli/test_tools.py'
 ADE20K = f'{TOOLS}::test_the_main_ade20k_config_runs_on_scenes'
@@ -83,7 +81,6 @@ def test_commands_as_they_stand(tmp_path: Path, scenes: Path) -> None:
     cfg.dump(tmp_path / 'config.py')
     shutil.move(dense_checkpoint(cfg, tmp_path), tmp_path / 'DENSE.pth')
     (tmp_path / 'tools').symlink_to(ROOT / 'tools')
-    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     for command, extra in RUN_BY.items():
         if isinstance(extra, str):
             continue
@@ -92,7 +89,7 @@ def test_commands_as_they_stand(tmp_path: Path, scenes: Path) -> None:
         result = subprocess.run(
             ['bash', '-c', ' '.join([line, *extra])],
             cwd=tmp_path,
-            env={**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1'},
+            env=shell_environment(),
             capture_output=True,
             text=True,
         )

@@ -17,7 +17,11 @@ TARGET = Path(__file__).resolve().parents[1] / 'docs' / 'api.md'
 
 #: Sections of the page: title, module, and names (None for its ``__all__``).
 SECTIONS = (
-    ('Without a config', 'pm_seg.api', ('compress_model', 'make_compressible')),
+    (
+        'Without a config',
+        'pm_seg.api',
+        ('compress_model', 'make_compressible'),
+    ),
     ('Backbones for mmseg', 'pm_seg.models', None),
     (
         'Backbones for mmpretrain',
