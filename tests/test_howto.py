@@ -118,3 +118,27 @@ def test_fsdp(tmp_path: Path, scenes: Path) -> None:
         )
         assert result.returncode == 0, result.stderr[-3000:]
     assert re.search(r'mIoU: +\d', result.stdout)
+
+
+def test_slurm_starts_as_asked(tmp_path: Path) -> None:
+    """The command of the page, with an srun that prints its arguments."""
+    (line,) = [c for c in commands(f'{HOWTO}/many_gpus.md') if 'slurm' in c]
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\nprintf "%s " "$@"\n')
+    srun.chmod(0o755)
+    environment = shell_environment()
+    environment['PATH'] = f'{tmp_path}:{environment["PATH"]}'
+    result = subprocess.run(
+        ['bash', '-c', line],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for part in (
+        '-p PARTITION --job-name=JOB_NAME',
+        '--gres=gpu:8 --ntasks=16 --ntasks-per-node=8',
+        'python -u tools/train.py CONFIG --launcher slurm',
+    ):
+        assert part in result.stdout

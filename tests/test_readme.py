@@ -13,6 +13,7 @@ from howto import commands, shell_environment
 
 TOOLS = 'tests/cli/test_tools.py'
 ADE20K = f'{TOOLS}::test_the_main_ade20k_config_runs_on_scenes'
+CONVERT = 'tests/cli/test_convert_checkpoint.py'
 MAKE = 'Makefile'
 
 #: How each command is run. A test's name: by that test, with a smaller model
@@ -39,7 +40,7 @@ RUN_BY: dict[str, str | list[str]] = {
     '--cfg-options data_root=data/scenes load_from=None '
     'train_cfg.max_iters=20': ADE20K,
     'python tools/convert_checkpoint.py segmenter seg_small/checkpoint.pth '
-    'seg_s.pth': 'tests/cli/test_convert_checkpoint.py::test_segmenter_with_variant',
+    'seg_s.pth': f'{CONVERT}::test_segmenter_with_variant',
 }  # fmt: skip
 
 
