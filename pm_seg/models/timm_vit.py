@@ -57,6 +57,7 @@ class CompressedBlocks(CompressibleMixin, nn.Module):
     """
 
     own_keys = ('compressor.',)
+    default_compression = {'adapt': 0}  # as the classifiers of mmpretrain
 
     def __init__(
         self,
