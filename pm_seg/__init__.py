@@ -1,8 +1,9 @@
 """Prune-and-Merge token compression for OpenMMLab Vision Transformers.
 
 Importing the package registers its modules with mmseg, so a config needs
-``custom_imports = dict(imports=['pm_seg'])``. ``pm_seg.core`` needs torch
-and numpy alone; without OpenMMLab installed only that part is there.
+``custom_imports = dict(imports=['pm_seg'])``. :func:`compress_model` does
+without configs. ``pm_seg.core`` needs torch and numpy alone; without
+OpenMMLab installed only that part is there.
 """
 
 import sys
@@ -27,5 +28,8 @@ if find_spec('mmseg') is not None and not _only_env:
         if find_spec('mmpretrain') is not None:
             from .models import classifiers  # noqa: F401
             from .models.backbones import pretrain_vit  # noqa: F401
+        from .api import compress_model, make_compressible
 
-__all__ = ['__version__']
+    __all__ = ['__version__', 'compress_model', 'make_compressible']
+else:
+    __all__ = ['__version__']

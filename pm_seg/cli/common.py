@@ -214,6 +214,9 @@ def join_cpu_processes(cfg: Config) -> None:
     if cfg.launcher != 'pytorch' or get_device() != 'cpu':
         return
     torch.distributed.init_process_group('gloo')
+    wrapper = (cfg.get('strategy') or {}).get('model_wrapper')
+    if wrapper:  # FSDP would move to a GPU
+        wrapper.device_id = torch.device('cpu')
     cfg.model_wrapper_cfg = dict(
         type='MMDistributedDataParallel',
         device_ids=None,
@@ -406,3 +409,21 @@ def check_checkpoints(cfg: Config) -> None:
     init_cfg = (model.get('backbone') or {}).get('init_cfg')
     if isinstance(init_cfg, dict) and init_cfg.get('checkpoint'):
         init_cfg.checkpoint = fetch_checkpoint(init_cfg.checkpoint)
+
+
+def ensure_compression_hook(cfg: Config) -> None:
+    """Add ``PruneMergeHook`` to a config that compresses without it."""
+
+    def compresses(node: object) -> bool:
+        if not isinstance(node, dict):
+            return False
+        options = node.get('compression')
+        if options and options.get('type', 'prune_merge') == 'prune_merge':
+            return True
+        return any(map(compresses, node.values()))
+
+    hooks = list(cfg.get('custom_hooks') or [])
+    if compresses(cfg.model) and not any(
+        hook['type'] == 'PruneMergeHook' for hook in hooks
+    ):
+        cfg.custom_hooks = [*hooks, dict(type='PruneMergeHook')]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mmengine.device import get_device
+from mmengine.registry import RUNNERS
 
 from .common import (
     ToolRunner,
@@ -12,6 +13,7 @@ from .common import (
     check_checkpoints,
     check_data,
     command,
+    ensure_compression_hook,
     fix_teacher,
     join_cpu_processes,
     load_config,
@@ -85,13 +87,17 @@ def main(argv: list[str] | None = None) -> None:
                 'N) in the config: the batch size its learning rate is for'
             )
         cfg.auto_scale_lr.enable = True
+    ensure_compression_hook(cfg)
     check_data(cfg, 'train', 'val')
     fix_teacher(cfg)
     if args.resume or cfg.get('resume'):
         prepare_resume(cfg)
     check_checkpoints(cfg)
     join_cpu_processes(cfg)
-    ToolRunner.from_cfg(cfg).train()
+    if 'runner_type' in cfg:  # FlexibleRunner, for FSDP
+        RUNNERS.build(cfg).train()
+    else:
+        ToolRunner.from_cfg(cfg).train()
 
 
 if __name__ == '__main__':

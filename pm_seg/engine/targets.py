@@ -53,7 +53,9 @@ def meet_target(
     """
     kind, limit = check_target(target)
     modules = [m.compressor for m in require_compressible(model).values()]
-    size = to_2tuple(model.backbone.img_size)
+    backbone = model.backbone
+    size = getattr(backbone, 'img_size', None)
+    size = to_2tuple(size or backbone.patch_embed.img_size)  # timm
     device = next(model.parameters()).device
     images = torch.zeros(1, 3, *size, device=device)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core import Compressor, MergingCompressor, TokenCompressor
 from ..core.base import LayerOutputs, run_dense
 from ..core.structure import Grid
-from .layers import layer_cost
+from .layers import layer_cost, token_dims
 
 #: Values of ``type`` in a ``compression`` dict.
 COMPRESSIONS: dict[str, Callable[..., Compressor]] = {
@@ -54,7 +54,7 @@ class CompressibleMixin:
             return
         options = {
             'grid': grid,
-            'dims': self.layers[0].attn.embed_dims,
+            'dims': token_dims(self.layers[0]),
             'layer_cost': layer_cost(self.layers[0]),
             **compression,
         }
@@ -65,10 +65,12 @@ class CompressibleMixin:
                 f'{tuple(COMPRESSIONS)}'
             )
         if kind == 'prune_merge':
-            defaults = dict(
-                self.default_compression, checkpoint=self.layers[0].with_cp
-            )
-            options = defaults | options
+            with_cp = getattr(self.layers[0], 'with_cp', False)
+            options = {
+                **self.default_compression,
+                'checkpoint': with_cp,
+                **options,
+            }
         try:
             self.compressor = COMPRESSIONS[kind](
                 depth=len(self.layers), num_prefix=num_prefix, **options

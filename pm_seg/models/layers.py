@@ -144,6 +144,14 @@ class PMTransformerEncoderLayer(TransformerEncoderLayer):
         return self._block(x)
 
 
+def token_dims(layer: nn.Module) -> int:
+    """C, channels of the tokens an encoder layer works on."""
+    attention = layer.attn
+    if hasattr(attention, 'embed_dims'):
+        return attention.embed_dims
+    return attention.qkv.in_features  # timm
+
+
 def layer_cost(layer: nn.Module) -> tuple[int, int]:
     """Multiply-accumulates of an encoder layer.
 
@@ -153,7 +161,7 @@ def layer_cost(layer: nn.Module) -> tuple[int, int]:
         tuple[int, int]: a and b of ``a T + b T^2`` on T tokens.
     """
     weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
-    return weights, 2 * layer.attn.embed_dims
+    return weights, 2 * token_dims(layer)
 
 
 def append_layers(

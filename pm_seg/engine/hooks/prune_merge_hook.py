@@ -6,6 +6,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ...models.distillation import DistillationMixin
 from ...registry import register
@@ -80,6 +81,7 @@ class PruneMergeHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Score and compress, unless there is a structure already."""
         model = runner.model
+        sharded = isinstance(model, FullyShardedDataParallel)
         if is_model_wrapper(model):
             model = model.module
         modules = require_compressible(model)
@@ -87,12 +89,19 @@ class PruneMergeHook(Hook):
             runner.logger.info(
                 'The checkpoint is compressed already, keeping its structure'
             )
+        elif sharded:
+            raise RuntimeError(
+                'the parameters are sharded (FSDP), and scoring needs the '
+                'whole model: compress the checkpoint first with '
+                'tools/compress.py and train from that, load_from=PM.pth'
+            )
         else:
             with uncompressed(model):
                 self._evaluate(runner, 'Before compression')
             self._compress(runner, model)
             self._evaluate(runner, 'Straight after compression')
-        runner.logger.info(f'Token compression\n{describe(model)}')
+        if not sharded:  # the table reads shapes of whole parameters
+            runner.logger.info(f'Token compression\n{describe(model)}')
         if isinstance(model, DistillationMixin):
             # A resumed run's load_from is its own checkpoint, not a teacher.
             dense = None if runner._resume else runner._load_from

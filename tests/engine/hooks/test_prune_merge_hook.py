@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from helpers import ROOT, dense_checkpoint, run_tool, small_config
 from mmengine.registry import init_default_scope
@@ -129,3 +130,16 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
 def test_bad_score_iters() -> None:
     with pytest.raises(ValueError, match='score_iters=0'):
         PruneMergeHook(score_iters=0)
+
+
+def test_sharded_parameters_cannot_be_scored(monkeypatch) -> None:
+    """FSDP: says to compress first, instead of failing in a convolution."""
+    from types import SimpleNamespace
+
+    from pm_seg.engine.hooks import prune_merge_hook
+
+    wrapper = torch.nn.DataParallel
+    monkeypatch.setattr(prune_merge_hook, 'FullyShardedDataParallel', wrapper)
+    runner = SimpleNamespace(model=wrapper(tiny.build()))
+    with pytest.raises(RuntimeError, match=r'tools/compress\.py'):
+        PruneMergeHook().before_train(runner)

@@ -1,0 +1,453 @@
+"""Compression in Python, for models that were built without pm_seg.
+
+Example:
+    >>> import timm, pm_seg
+    >>> model = timm.create_model('vit_tiny_patch16_224', pretrained=True)
+    >>> small = pm_seg.compress_model(model, loader, keep=0.7)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.structures import PixelData
+from mmseg.models.backbones import VisionTransformer as SegViT
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+
+from .core.structure import check_rates
+from .engine.compression import Progress, compress, needs_data
+from .engine.scoring import compressible_modules, evaluating
+from .models.backbones import PMVisionTransformer
+from .models.compressible import CompressibleMixin
+from .models.timm_vit import compress_timm_blocks
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_SUPPORTED = (
+    'an mmseg or mmpretrain model whose backbone is VisionTransformer, '
+    'PMVisionTransformer or one of their distilled forms, or a '
+    'timm.models.VisionTransformer'
+)
+
+
+def compress_model(
+    model: nn.Module,
+    loader: Iterable | None,
+    keep: float | None = None,
+    target: dict[str, float] | None = None,
+    num_batches: int = 50,
+    calib_batches: int = 2,
+    seed: int = 0,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
+    **compression: Any,
+) -> nn.Module:
+    """A compressed copy of a built Vision Transformer, without training.
+
+    Scores the patch tokens on batches, measures what compressing each layer
+    costs, groups the tokens and fits the detail paths, as
+    ``tools/compress.py`` does. The given model does not change.
+
+    Args:
+        model (nn.Module): One of mmseg or mmpretrain with a
+            ``VisionTransformer``, the stock class or pm_seg's, whose backbone
+            is compressed; or a ``timm.models.VisionTransformer`` with its
+            head, whose blocks are. Not wrapped for distributed training.
+        loader (Iterable, optional): Batches, gone through more than once:
+            a list or a ``DataLoader``, no generator. For mm models the
+            dicts of their data loaders (``inputs`` and ``data_samples``), or
+            pairs of images as the model's data preprocessor takes them and
+            labels: maps (B, H, W), or classes (B,). For timm models pairs
+            of normalised images and classes, or images alone: then the
+            model's own predictions are the labels. None will do if the
+            model has scores and there is no detail path.
+        keep (float, optional): Share of patch tokens to work on. Defaults to
+            0.7, or what the model's config says.
+        target (dict, optional): A budget instead of ``keep``, for example
+            ``dict(share=0.5)``, see
+            :func:`~pm_seg.engine.targets.meet_target`.
+        num_batches (int): Batches to score. Defaults to 50.
+        calib_batches (int): Batches for the losses and the detail paths.
+            Defaults to 2.
+        seed (int): Seed of what is random in the data. Defaults to 0.
+        loss (Callable, optional): ``loss(logits, labels)`` to score a timm
+            model with. Defaults to cross entropy.
+        progress (Callable, optional): Called with what is being done, the
+            number of steps done, and their total.
+        **compression: Options of :class:`pm_seg.core.TokenCompressor`.
+
+    Returns:
+        nn.Module: Of the same kind, on the same device and in the same mode.
+        ``pm_seg.engine.describe`` prints its layers.
+
+    Raises:
+        ValueError: If the model or a batch is of another kind, an option is
+            wrong, or the target is out of reach.
+    """
+    if target is not None and keep is not None:
+        raise ValueError(
+            f'got keep={keep} and target={target}; they exclude each other'
+        )
+    small = make_compressible(model, keep, **compression)
+    task = small
+    if _is_timm(small):
+        task = _Classification(small, loss or F.cross_entropy)
+    elif loss is not None:
+        raise ValueError(
+            'loss is for timm models; mm models are scored with the losses '
+            'of their heads'
+        )
+    if loader is None and needs_data(task):
+        raise ValueError(
+            'loader=None: scoring and fitting need images; pass a list of '
+            'batches or a DataLoader'
+        )
+    batches = None if loader is None else _Batches(task, loader)
+    compress(
+        task,
+        batches,
+        num_batches,
+        seed=seed,
+        target=target,
+        calib_batches=calib_batches,
+        progress=progress,
+    )
+    return small
+
+
+def make_compressible(
+    model: nn.Module, keep: float | None = None, **compression: Any
+) -> nn.Module:
+    """A copy of a model with compressors that have no structure yet.
+
+    What :func:`compress_model` starts with, and what loads its result in
+    another process::
+
+        small = make_compressible(timm.create_model(name), keep=0.7)
+        small.load_state_dict(torch.load('small.pth'))
+
+    The copy has the weights of the model and gives, with its compressors
+    disabled, the same outputs, which is checked.
+
+    Args:
+        model (nn.Module): See :func:`compress_model`.
+        keep (float, optional): Share of patch tokens to work on. Defaults to
+            0.7, or what the model's config says.
+        **compression: Options of :class:`pm_seg.core.TokenCompressor`.
+
+    Raises:
+        ValueError: If the model is of another kind or an option is wrong.
+    """
+    if is_model_wrapper(model) or isinstance(
+        model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    ):
+        raise ValueError(
+            f'{type(model).__name__} is a wrapper; pass the model inside, '
+            'model.module'
+        )
+    options = dict(compression)
+    if keep is not None:
+        options['keep'] = keep
+    small = copy.deepcopy(model)
+    if _is_timm(small):
+        if small.num_classes < 1:
+            raise ValueError(
+                'the timm model has no classifier (num_classes=0): losses '
+                'are measured on its logits. Compress it with a head, and '
+                "call reset_classifier(0) on the result if you don't need it"
+            )
+        compress_timm_blocks(small, options)
+        small.blocks.to(next(small.parameters()))
+        return small.train(model.training)
+    if not isinstance(small, BaseModel) or not hasattr(small, 'backbone'):
+        raise ValueError(
+            f'{type(model).__name__} is not supported; expected {_SUPPORTED}'
+        )
+    modules = compressible_modules(small)
+    if modules:
+        if compression:
+            raise ValueError(
+                'the model has its own compression; got '
+                f'{sorted(compression)}, expected keep alone. Change the '
+                'others in its config, or pass the dense model'
+            )
+        if keep is not None:
+            check_rates(keep, 0.0)
+            for module in modules.values():
+                module.compressor.keep = keep
+        return small
+    backbone = _compressible_backbone(small.backbone, options)
+    backbone.to(next(small.parameters()))
+    backbone.train(small.backbone.training)
+    small.backbone = backbone
+    if isinstance(getattr(small, 'cfg', None), Config):
+        name = type(backbone).__name__
+        small.cfg.model.backbone.update(type=name, compression=options)
+    return small
+
+
+def _is_timm(model: nn.Module) -> bool:
+    if find_spec('timm') is None:
+        return False
+    from timm.models import VisionTransformer
+
+    return isinstance(model, VisionTransformer)
+
+
+def _compressible_backbone(
+    stock: nn.Module, compression: dict
+) -> CompressibleMixin:
+    """A dense backbone as pm_seg's, with the same weights."""
+    if isinstance(stock, CompressibleMixin):
+        stock.build_compressor(compression, *_geometry(stock))
+        return stock
+    if type(stock) is SegViT:
+        build, arguments = PMVisionTransformer, _mmseg_arguments(stock)
+    else:
+        build, arguments = _mmpretrain_class(stock)
+    try:
+        backbone = build(**arguments, compression=compression)
+        backbone.load_state_dict(stock.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f'{type(stock).__name__} has parts that {build.__name__} built '
+            'from its sizes lacks; change the type in its config instead '
+            f'({error})'
+        ) from error
+    for name, parameter in stock.named_parameters():
+        ours = backbone.get_parameter(name)
+        ours.requires_grad_(parameter.requires_grad)
+    _check_same(stock, backbone)
+    return backbone
+
+
+def _geometry(backbone: CompressibleMixin) -> tuple[tuple[int, int], int]:
+    """Patch grid and number of prefix tokens of pm_seg's own backbones."""
+    if isinstance(backbone, PMVisionTransformer):
+        rows, columns = (s // backbone.patch_size for s in backbone.img_size)
+        return (rows, columns), int(backbone.with_cls_token)
+    return tuple(backbone.patch_resolution), backbone.num_extra_tokens
+
+
+def _mmseg_arguments(vit: SegViT) -> dict[str, Any]:
+    """What an mmseg ``VisionTransformer`` was built with."""
+    first, last = vit.layers[0], vit.layers[-1]
+    attention, ffn, patches = first.attn, first.ffn, vit.patch_embed
+    dims = attention.embed_dims
+    padding = patches.adap_padding
+    return dict(
+        img_size=tuple(vit.img_size),
+        patch_size=vit.patch_size,
+        patch_pad=padding.padding if padding else patches.projection.padding,
+        in_channels=patches.projection.in_channels,
+        embed_dims=dims,
+        num_layers=len(vit.layers),
+        num_heads=attention.num_heads,
+        mlp_ratio=ffn.feedforward_channels // dims,
+        out_origin=vit.out_origin,
+        out_indices=list(vit.out_indices),
+        qkv_bias=attention.attn.in_proj_bias is not None,
+        drop_rate=vit.drop_after_pos.p,
+        attn_drop_rate=attention.attn.dropout,
+        drop_path_rate=_drop_rate(last.attn.dropout_layer),
+        with_cls_token=vit.with_cls_token,
+        output_cls_token=vit.output_cls_token,
+        norm_cfg=_norm_cfg(vit.layers[0].ln1),
+        act_cfg=dict(type=type(ffn.layers[0][1]).__name__),
+        patch_norm=patches.norm is not None,
+        patch_bias=patches.projection.bias is not None,
+        pre_norm=vit.pre_norm,
+        final_norm=vit.final_norm,
+        interpolate_mode=vit.interpolate_mode,
+        num_fcs=ffn.num_fcs,
+        norm_eval=vit.norm_eval,
+        with_cp=vit.with_cp,
+        frozen_exclude=vit.frozen_exclude,
+    )
+
+
+def _mmpretrain_class(
+    vit: nn.Module,
+) -> tuple[type[CompressibleMixin], dict[str, Any]]:
+    """pm_seg's class for an mmpretrain backbone, and its arguments."""
+    if find_spec('mmpretrain') is not None:
+        from mmpretrain.models import backbones
+
+        from .models.backbones import pretrain_vit
+
+        for name in ('VisionTransformer', 'DistilledVisionTransformer'):
+            if type(vit) is getattr(backbones, name):
+                ours = getattr(pretrain_vit, f'PM{name}')
+                return ours, _mmpretrain_arguments(vit)
+    raise ValueError(
+        f'a backbone of type {type(vit).__name__} is not supported; expected '
+        f'{_SUPPORTED}'
+    )
+
+
+def _mmpretrain_arguments(vit: nn.Module) -> dict[str, Any]:
+    """What an mmpretrain ``VisionTransformer`` was built with."""
+    first, last = vit.layers[0], vit.layers[-1]
+    settings = {
+        key: vit.arch_settings[key]
+        for key in (
+            'embed_dims',
+            'num_layers',
+            'num_heads',
+            'feedforward_channels',
+        )
+    }
+    projection = vit.patch_embed.projection
+    arguments = dict(
+        arch=settings,
+        img_size=tuple(vit.img_size),
+        patch_size=tuple(projection.kernel_size),
+        in_channels=projection.in_channels,
+        out_indices=list(vit.out_indices),
+        drop_rate=vit.drop_after_pos.p,
+        drop_path_rate=_drop_rate(last.attn.out_drop),
+        qkv_bias=first.attn.qkv.bias is not None,
+        norm_cfg=_norm_cfg(first.ln1),
+        final_norm=vit.final_norm,
+        out_type=vit.out_type,
+        frozen_stages=vit.frozen_stages,
+        interpolate_mode=vit.interpolate_mode,
+        layer_scale_init_value=0.0
+        if isinstance(first.attn.gamma1, nn.Identity)
+        else 1e-5,
+        patch_cfg=dict(
+            stride=tuple(projection.stride),
+            bias=projection.bias is not None,
+        ),
+        pre_norm=not isinstance(vit.pre_norm, nn.Identity),
+    )
+    if not hasattr(vit, 'dist_token'):
+        arguments['with_cls_token'] = vit.with_cls_token
+    return arguments
+
+
+def _norm_cfg(norm: nn.Module) -> dict[str, Any]:
+    return dict(type='LN', eps=norm.eps)
+
+
+def _drop_rate(layer: nn.Module) -> float:
+    """Rate of a DropPath or Dropout, 0 of an identity."""
+    return float(getattr(layer, 'drop_prob', getattr(layer, 'p', 0.0)) or 0.0)
+
+
+@torch.no_grad()
+def _check_same(stock: nn.Module, backbone: CompressibleMixin) -> None:
+    """Raise ``ValueError`` unless both give the same outputs, dense."""
+    weight = stock.patch_embed.projection.weight
+    size = tuple(int(s) for s in stock.img_size)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, weight.shape[1], *size, generator=generator)
+    backbone.to(weight)
+    images = images.to(weight)
+    with evaluating(stock), evaluating(backbone):
+        expected = _flat(stock(images))
+        with backbone.compressor.disabled():
+            got = _flat(backbone(images))
+    error = (expected - got).abs().max() / expected.abs().max()
+    limit = 1e-4 if weight.dtype == torch.float32 else 2e-2
+    if not error <= limit:
+        raise ValueError(
+            f'{type(backbone).__name__} built from the sizes of the given '
+            f'{type(stock).__name__} differs from it by {error:.1e} of the '
+            'largest output: it has options that are not carried over; '
+            'change the type in its config instead'
+        )
+
+
+def _flat(outputs: Any) -> Tensor:
+    """All tensors of nested outputs in one row."""
+    if isinstance(outputs, Tensor):
+        return outputs.float().flatten()
+    return torch.cat([_flat(part) for part in outputs])
+
+
+class _Batches:
+    """A user's batches as dicts, from the start whenever gone through."""
+
+    def __init__(self, model: BaseModel, loader: Iterable) -> None:
+        if isinstance(loader, Iterator):
+            raise ValueError(
+                f'loader is a {type(loader).__name__}, which can be gone '
+                'through once only; pass a list of batches or a DataLoader'
+            )
+        self.model = model
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self.loader:
+            yield self._as_dict(batch)
+
+    def _as_dict(self, batch: Any) -> dict:
+        plain = isinstance(self.model, _Classification)
+        if isinstance(batch, Mapping) and 'inputs' in batch:
+            return dict(batch)
+        if isinstance(batch, Tensor) and plain:
+            return dict(inputs=batch, data_samples=None)
+        if isinstance(batch, (list, tuple)) and len(batch) == 2:
+            images, labels = batch
+            if isinstance(images, Tensor) and isinstance(labels, Tensor):
+                samples = labels if plain else self._samples(labels)
+                return dict(inputs=images, data_samples=samples)
+        expected = 'images or (images, labels)'
+        if not plain:
+            expected = 'dict(inputs=..., data_samples=...) or (images, labels)'
+        raise ValueError(
+            f'a batch is a {type(batch).__name__}'
+            f'{sorted(batch) if isinstance(batch, Mapping) else ""}; '
+            f'expected {expected}'
+        )
+
+    @staticmethod
+    def _samples(labels: Tensor) -> list:
+        """Labels as the heads of mmseg or mmpretrain read them."""
+        if labels.dim() == 3:
+            return [
+                SegDataSample(gt_sem_seg=PixelData(data=label[None]))
+                for label in labels
+            ]
+        if labels.dim() == 1 and find_spec('mmpretrain') is not None:
+            from mmpretrain.structures import DataSample
+
+            return [DataSample().set_gt_label(label) for label in labels]
+        raise ValueError(
+            f'labels have shape {tuple(labels.shape)}; expected maps '
+            '(B, H, W) for mmseg, classes (B,) for mmpretrain'
+        )
+
+
+class _Classification(BaseModel):
+    """A plain classifier in the form the engine scores and measures."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.backbone = model
+        self.loss = loss
+        self.to(next(model.parameters()).device)
+        self.train(model.training)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        data_samples: Tensor | None = None,
+        mode: str = 'tensor',
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits, or with mode='loss' the loss."""
+        logits = self.backbone(inputs)
+        if mode == 'tensor':
+            return logits
+        if data_samples is None:
+            data_samples = logits.detach().argmax(dim=-1)
+        return dict(loss=self.loss(logits, data_samples))

@@ -1,0 +1,48 @@
+"""What the how-to pages contain: files and commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+
+from helpers import ROOT
+
+_FILE = re.compile(
+    r'`(my_project/[\w/.]+)`[^\n]*\n\n```python\n(.*?)```', re.S
+)
+_ONE_THREAD = {'OMP_NUM_THREADS': '1'}
+_SHELL = re.compile(r'```sh\n(.*?)```', re.S)
+
+
+def write_files(page: str, folder: Path) -> list[Path]:
+    """Write the files a page of docs/ shows into a folder."""
+    written = []
+    for name, content in _FILE.findall((ROOT / page).read_text()):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        written.append(path)
+    return written
+
+
+def commands(page: str) -> list[str]:
+    """Commands in the ``sh`` blocks of a page, comments taken off."""
+    found = []
+    for block in _SHELL.findall((ROOT / page).read_text()):
+        for line in block.replace('\\\n', ' ').splitlines():
+            line = re.sub(r'(^|\s+)#.*', '', line)
+            if line.strip():
+                found.append(' '.join(line.split()))
+    return found
+
+
+def shell_environment() -> dict[str, str]:
+    """For ``bash``: this Python first, and a free port for torchrun."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    return {**os.environ, 'PATH': path, 'PORT': str(port), **_ONE_THREAD}

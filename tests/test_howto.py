@@ -1,0 +1,144 @@
+"""The Python blocks and the longer commands of the how-tos."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from howto import commands, shell_environment, write_files
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+
+from pm_seg.engine.scoring import require_compressible
+
+HOWTO = 'docs/howto'
+
+
+def block(page: str, start: str) -> str:
+    """The Python block of a page that starts so."""
+    text = (ROOT / HOWTO / page).read_text()
+    (found,) = [
+        part
+        for part in re.findall(r'```python\n(.*?)```', text, re.S)
+        if part.startswith(start)
+    ]
+    return found
+
+
+def run(source: str) -> dict:
+    namespace: dict = {}
+    exec(compile(source, 'howto.py', 'exec'), namespace)
+    return namespace
+
+
+def compressed(config: str | Path, checkpoint: Path) -> None:
+    """A compressed checkpoint of random weights."""
+    cfg = Config.fromfile(config, import_custom_modules=False)
+    init_default_scope('mmseg')
+    cfg.model.type = 'EncoderDecoder'
+    cfg.model.pop('teacher', None)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    for module in require_compressible(model).values():
+        compressor = module.compressor
+        compressor.budget = 'layer'
+        compressor.set_scores(torch.rand_like(compressor.scores))
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    count = cfg.model.decode_head.num_classes
+    meta = dict(
+        classes=[f'class {i}' for i in range(count)],
+        palette=[[9 * i, 99, 99] for i in range(count)],
+    )
+    saved = dict(state_dict=model.state_dict(), meta=dict(dataset_meta=meta))
+    torch.save(saved, checkpoint)
+
+
+def test_timm(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip('timm')
+    monkeypatch.chdir(tmp_path)
+    page = 'compress_my_model.md'
+    names = run(block(page, 'import timm') + block(page, 'torch.save'))
+    assert names['logits'].shape == (1, 10)
+    x = torch.randn(1, 3, 224, 224)
+    again = names['again'].eval()
+    assert torch.equal(again(x), names['small'](x))
+
+
+def test_inference_calls(tmp_path: Path, monkeypatch) -> None:
+    write_files(f'{HOWTO}/compress_my_model.md', tmp_path)
+    project = tmp_path / 'my_project'
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(project)
+    compressed('my_pm_vit.py', project / 'pm.pth')
+    picture = np.random.default_rng(0).integers(0, 255, (90, 120, 3))
+    cv2.imwrite('street.jpg', picture.astype(np.uint8))
+    names = run(block('compress_my_model.md', 'from mmseg.apis'))
+    assert names['result'].pred_sem_seg.data.shape == (1, 90, 120)
+    assert len(list((project / 'drawn').rglob('street*'))) >= 1
+
+
+@pytest.mark.slow
+def test_compile(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / 'configs/demo/segmenter_pm_scenes.py'
+    compressed(config, tmp_path / 'work_dirs/half.pth')
+    run(block('deploy.md', 'import torch'))
+
+
+@pytest.mark.slow
+def test_fsdp(tmp_path: Path, scenes: Path) -> None:
+    """The config and the commands of the page, on two CPU processes."""
+    page = f'{HOWTO}/many_gpus.md'
+    for name in ('configs', 'tools', 'pm_seg'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_files(page, tmp_path)
+    (tmp_path / 'work_dirs/demo').mkdir(parents=True)
+    (tmp_path / 'work_dirs/demo/data').symlink_to(scenes)
+    compressed(
+        ROOT / 'configs/demo/segmenter_pm_scenes.py',
+        tmp_path / 'work_dirs/half.pth',
+    )
+    lines = [line for line in commands(page) if 'work_dirs/fsdp' in line]
+    assert len(lines) == 2
+    for line in lines:
+        result = subprocess.run(
+            ['bash', '-c', line],
+            cwd=tmp_path,
+            env=shell_environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r'mIoU: +\d', result.stdout)
+
+
+def test_slurm_starts_as_asked(tmp_path: Path) -> None:
+    """The command of the page, with an srun that prints its arguments."""
+    (line,) = [c for c in commands(f'{HOWTO}/many_gpus.md') if 'slurm' in c]
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\nprintf "%s " "$@"\n')
+    srun.chmod(0o755)
+    environment = shell_environment()
+    environment['PATH'] = f'{tmp_path}:{environment["PATH"]}'
+    result = subprocess.run(
+        ['bash', '-c', line],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for part in (
+        '-p PARTITION --job-name=JOB_NAME',
+        '--gres=gpu:8 --ntasks=16 --ntasks-per-node=8',
+        'python -u tools/train.py CONFIG --launcher slurm',
+    ):
+        assert part in result.stdout
