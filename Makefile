@@ -1,12 +1,14 @@
 # make demo   compress, fine-tune, measure and draw a Segmenter (see README)
 # make test   all tests that fit a CI run; make test-slow runs the others
+# make coverage   branch coverage of those tests; make mutation, whether the
+#                 tests of the core notice deliberate faults
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REQUIREMENTS := $(wildcard requirements/*.txt) setup.py
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow coverage mutation clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --work-dir work_dirs/demo
@@ -18,6 +20,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+coverage: $(STAMP)
+	$(BIN)/coverage erase
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=
+	$(BIN)/coverage report
+
+mutation: $(STAMP)
+	$(BIN)/python tools/mutation_check.py
 
 $(STAMP): $(REQUIREMENTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \

@@ -6,6 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run; other ones, without end, are drawn with
+# pytest --hypothesis-profile=explore.
+settings.register_profile(
+    'fixed', derandomize=True, deadline=None, database=None
+)
+settings.register_profile('explore', deadline=None, print_blob=True)
+settings.load_profile('fixed')
 
 
 @pytest.fixture(autouse=True)
