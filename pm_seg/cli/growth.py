@@ -30,9 +30,9 @@ from ..version import __version__
 from .common import quiet_warnings
 
 PATCH = 16
-SIZES = (256, 384, 512, 768, 1024, 1536, 2048)
-DEPTHS = (2, 4, 8, 16)
-BATCHES = (1, 2, 4, 8)
+SIZES = (256, 512, 1024, 1536, 2048)
+DEPTHS = (2, 4, 8)
+BATCHES = (1, 4, 8)
 
 #: The models: small, so that what grows is not hidden by what is fixed.
 SHAPE = dict(patch_size=PATCH, embed_dims=32, num_heads=1)

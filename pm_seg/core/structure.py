@@ -163,7 +163,7 @@ def nearest_centre_groups(centres: Tensor, grid: Grid) -> Tensor:
     An exact separable distance transform: nearest centre within the column,
     then over the columns of the row, nearest columns first and no farther
     than the worst distance so far; time O(N) times that distance, memory
-    O(N). Ties go to the centre above, then to the left.
+    O(N). Ties go to the column on the left, in a column to the centre above.
 
     Args:
         centres (Tensor): bool, (N,), at least one set.
