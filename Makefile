@@ -1,6 +1,8 @@
 # make demo   compress, fine-tune, measure and draw a Segmenter (see README)
 # make test   all tests that fit a CI run; make test-slow runs the others
 # make test-original, make test-oldest   other stacks, see docs/stacks.md
+# make coverage   branch coverage of those tests; make mutation, whether the
+#                 tests of the core notice deliberate faults
 PYTHON ?= python3
 VENV ?= .venv
 # forks or original: the OpenMMLab packages to install
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REQUIREMENTS := $(wildcard requirements/*.txt) setup.py
 
-.PHONY: demo test test-slow test-original test-oldest clean
+.PHONY: demo test test-slow coverage mutation test-original test-oldest clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --work-dir work_dirs/demo
@@ -29,6 +31,14 @@ test-original:
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest TORCH="$(OLDEST_TORCH)"
+
+coverage: $(STAMP)
+	$(BIN)/coverage erase
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=
+	$(BIN)/coverage report
+
+mutation: $(STAMP)
+	$(BIN)/python tools/mutation_check.py
 
 $(STAMP): $(REQUIREMENTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \

@@ -6,6 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import Phase, settings
+
+# The same examples in every run; other ones, without end, are drawn with
+# pytest --hypothesis-profile=explore.
+settings.register_profile(
+    'fixed', derandomize=True, deadline=None, database=None
+)
+settings.register_profile('explore', deadline=None, print_blob=True)
+# Whether a test fails is enough, not its smallest example.
+settings.register_profile(
+    'brief', settings.get_profile('fixed'), phases=[Phase.generate]
+)
+settings.load_profile('fixed')
 
 
 @pytest.fixture(autouse=True)

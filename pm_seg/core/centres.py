@@ -25,7 +25,9 @@ def spread_mask(
 
     Weighted farthest-point sampling: take the token with the largest
     ``weight * distance to the nearest centre so far``, 5 % jitter, until
-    there are ``count``. A new centre updates its surroundings only.
+    there are ``count``. A new centre updates its surroundings only, and the
+    largest value is looked up by rows: the time of a centre hardly depends on
+    the size of the grid.
 
     Args:
         weight (Tensor): (N,), >= 0; tokens of weight 0 come last.
@@ -43,25 +45,30 @@ def spread_mask(
     gain = (gain**2).reshape(grid)  # distances are squared: they rank alike
     nearest = np.full(grid, float((height + width) ** 2))
     merit = gain * nearest
+    peaks = merit.max(1)
     rows, columns = np.arange(height)[:, None], np.arange(width)
     chosen = np.zeros(grid, bool)
-    reach = height + width
+    reach, renewal = height + width, 15
     for number in range(count):
-        row, column = divmod(int(merit.argmax()), width)
+        row = int(peaks.argmax())
+        column = int(merit[row].argmax())
         chosen[row, column] = True
         gain[row, column] = -1.0
-        # A centre changes nothing farther away than the largest distance.
-        if number % 16 == 15:
-            reach = int(nearest.max() ** 0.5) + 1
-        window = (
-            slice(max(row - reach, 0), row + reach + 1),
-            slice(max(column - reach, 0), column + reach + 1),
-        )
-        distance = (rows[window[0]] - row) ** 2
+        # A centre changes nothing farther away than the largest distance of
+        # a token that can still be chosen.
+        if number == renewal:
+            farthest = nearest.max(where=gain > 0, initial=1)
+            reach = int(farthest**0.5) + 1
+            renewal += max(number // 8, 16)
+        top, left = max(row - reach, 0), max(column - reach, 0)
+        band = slice(top, row + reach + 1)
+        window = band, slice(left, column + reach + 1)
+        distance = (rows[band] - row) ** 2
         distance = distance + (columns[window[1]] - column) ** 2
         near = np.minimum(nearest[window], np.maximum(distance, 1))
         nearest[window] = near
         merit[window] = gain[window] * near
+        peaks[band] = merit[band].max(1)
     return torch.from_numpy(chosen.reshape(-1))
 
 

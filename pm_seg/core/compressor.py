@@ -835,6 +835,8 @@ class TokenCompressor(Compressor):
             share = grid[0] * grid[1] / self.num_tokens
             total = grid[0] * grid[1]
             scores = _resize(scores, self.grid, grid)
+            # Where a layer has few scores above 0, resizing can miss them.
+            scores[(scores <= 0).all(1)] = 1.0
             centres, live = [], []
             for layer, *_ in self.spans:
                 count = round(native.num_groups[layer] * share)

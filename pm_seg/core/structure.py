@@ -161,8 +161,9 @@ def nearest_centre_groups(centres: Tensor, grid: Grid) -> Tensor:
     """Voronoi groups: each token joins its nearest centre in 2-D.
 
     An exact separable distance transform: nearest centre within the column,
-    then over the columns of the row; time O(N w), not O(N K). Ties go to the
-    centre above, then to the left.
+    then over the columns of the row, nearest columns first and no farther
+    than the worst distance so far; time O(N) times that distance, memory
+    O(N). Ties go to the column on the left, in a column to the centre above.
 
     Args:
         centres (Tensor): bool, (N,), at least one set.
@@ -181,9 +182,17 @@ def nearest_centre_groups(centres: Tensor, grid: Grid) -> Tensor:
     below = below.flip(0)
     nearest = torch.where(rows - above <= below - rows, above, below)
     vertical = (nearest - rows).square()  # (h, w), large without a centre
-    columns = torch.arange(width)
-    horizontal = (columns[:, None] - columns[None, :]).square()  # (w, w)
-    column = (vertical[:, None, :] + horizontal).argmin(-1)  # (h, w)
+    # Distance first, then column: the smallest of these is the nearest.
+    key = vertical * width + torch.arange(width)
+    best = key.clone()
+    for offset in range(1, width):
+        step = offset**2 * width
+        if step > best.max():
+            break
+        right, left = best[:, offset:], best[:, :-offset]
+        torch.minimum(right, key[:, :-offset] + step, out=right)
+        torch.minimum(left, key[:, offset:] + step, out=left)
+    column = best % width  # (h, w)
     row = nearest.gather(1, column)
     number = centres.long().cumsum(0) - 1
     return number[(row * width + column).flatten()]

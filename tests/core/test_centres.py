@@ -45,6 +45,46 @@ def test_spread_counts_and_covers(seed: int, count: int) -> None:
     assert covering_radius(mask) <= 1.6 * spacing + 1
 
 
+def plain_spread(weight, count: int, grid, rng) -> torch.Tensor:
+    """Farthest-point sampling with every distance updated by every centre."""
+    gain = (weight.numpy() * rng.uniform(0.95, 1.05, len(weight))) ** 2
+    index = np.arange(len(weight))
+    rows, columns = index // grid[1], index % grid[1]
+    nearest = np.full(len(weight), float(sum(grid) ** 2))
+    mask = torch.zeros(len(weight), dtype=torch.bool)
+    for _ in range(count):
+        place = int((gain * nearest).argmax())
+        mask[place] = True
+        gain[place] = -1
+        distance = (rows - rows[place]) ** 2 + (columns - columns[place]) ** 2
+        nearest = np.minimum(nearest, np.maximum(distance, 1))
+    return mask
+
+
+@given(
+    st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    st.floats(0, 1),
+    st.sampled_from([0, 1, 6]),
+    st.sampled_from([0.0, 0.4]),
+    st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_spread_takes_the_shortcuts_that_change_nothing(
+    grid, share: float, power: int, zeros: float, seed: int
+) -> None:
+    """Windows and row maxima give what updating everything gives."""
+    torch.manual_seed(seed)
+    total = grid[0] * grid[1]
+    weight = torch.rand(total).double() ** power
+    weight *= torch.rand(total) >= zeros
+    count = max(round(share * total), 1)
+    fast, plain = (
+        spread(weight, count, grid, np.random.default_rng(seed))
+        for spread in (spread_mask, plain_spread)
+    )
+    assert torch.equal(fast, plain)
+
+
 def test_spread_covers_where_scores_alone_do_not() -> None:
     scores = torch.full((1, 12, 16), 0.1)
     scores[0, :4, :4] = 1.0

@@ -128,13 +128,18 @@ def test_groups_without_scores_fit_their_own_grid_only() -> None:
 def test_learned_weights_carry_over_to_other_grids() -> None:
     module = compressor(weights='mean')
     grid = (8, 12)
-    before = module.token_maps(grid)[1].restore_weight.clone()
+    first = module.token_maps(grid)[1]
     with torch.no_grad():
         module.restore_weight += 0.25
-    after = module.token_maps(grid)[1].restore_weight
+        module.merge_weight += 0.125
+    second = module.token_maps(grid)[1]
+    before, after = first.restore_weight, second.restore_weight
     torch.testing.assert_close(after[1:], before[1:] + 0.25)
-    after.sum().backward()
+    before, after = first.merge_weight, second.merge_weight
+    torch.testing.assert_close(after[1:], before[1:] + 0.125)
+    (second.restore_weight.sum() + after.sum()).backward()
     assert module.restore_weight.grad[1].abs().sum() > 0
+    assert module.merge_weight.grad[1].abs().sum() > 0
 
 
 def test_pruned_tokens_get_no_gradient() -> None:

@@ -72,6 +72,22 @@ def test_higher_rank_is_better_and_pruned_tokens_are_left_out() -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_pruned_tokens_do_not_take_part_in_the_fit() -> None:
+    layers = [Layer(6) for _ in range(3)]
+    images = [torch.randn(2, 37, DIMS) for _ in range(2)]
+    fits = []
+    for scale in (1.0, 50.0):
+        module = compressor(prune=0.2, layers=[1])
+        pruned = module.group[1] == -1
+        assert pruned.any()
+        for x in images:
+            x[:, 1:][:, pruned] *= scale
+        run_and_fit(module, layers, images)
+        fits.append(module.detail_down[1] @ module.detail_up[1])
+    assert fits[0].norm() > 0.1
+    torch.testing.assert_close(*fits)
+
+
 def test_where_there_is_none() -> None:
     assert compressor(detail=0).detail == 0
     assert compressor(restore='replace').detail == 0

@@ -98,6 +98,12 @@ def test_map_stays_whole(method: str, keep: float) -> None:
     biased = [layer.biases[0] is not None for layer in layers]
     assert biased == [method == 'tome' and n < 65 for n in
                       (layer.seen[0] for layer in layers)]  # fmt: skip
+    for layer in layers:  # a token counts as often as it has patches
+        if layer.biases[0] is not None:
+            count = layer.biases[0].exp()
+            assert (count[..., :2] == 1).all() and (count >= 1).all()
+            patches = count[..., 2:].sum(-1)
+            torch.testing.assert_close(patches, torch.full((3, 1, 1), 63.0))
     # Averages weighted by size keep the mean of the image.
     torch.testing.assert_close(out[:, 2:].mean(1), x[:, 2:].mean(1))
     with module.disabled():

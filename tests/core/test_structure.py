@@ -38,6 +38,13 @@ def test_nearest_centre_is_nearest(grid, seed: int, share: float) -> None:
     assert torch.equal(group[centres], torch.arange(int(centres.sum()))), (
         'centres are numbered in raster order and own themselves'
     )
+    index = torch.arange(count)
+    row, column = index // grid[1], index % grid[1]
+    squared = (row[:, None] - row[centres]) ** 2
+    squared += (column[:, None] - column[centres]) ** 2
+    # ties go to the column on the left, in a column to the centre above
+    ranked = (squared * grid[1] + column[centres]) * grid[0] + row[centres]
+    assert torch.equal(group, ranked.argmin(1))
 
 
 def release_windows(centres: list[int], count: int, width: int) -> list[int]:

@@ -1,0 +1,6 @@
+"""See ``python tools/growth.py --help``."""
+
+from pm_seg.cli.growth import main
+
+if __name__ == '__main__':
+    main()
