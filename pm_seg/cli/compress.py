@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
+from ..core.structure import check_rates
 from ..engine.compression import calibration_loader, compress, needs_data
 from ..engine.report import describe
 from ..engine.scoring import require_compressible
@@ -21,6 +22,7 @@ from ..version import __version__
 from .common import (
     add_common_arguments,
     check_data,
+    check_output,
     fetch_checkpoint,
     load_config,
     quiet_warnings,
@@ -98,8 +100,13 @@ def main(argv: list[str] | None = None) -> None:
     quiet_warnings()
     cfg = load_config(args)
     target = _target(args.target)
+    check_output(args.out)
     checkpoint = fetch_checkpoint(args.checkpoint)
     if args.keep is not None:
+        try:
+            check_rates(args.keep, 0.0)
+        except ValueError as error:
+            raise SystemExit(f'--keep: {error}') from None
         _set_keep(cfg.model, args.keep)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     model = MODELS.build(cfg.model)
@@ -139,8 +146,14 @@ def main(argv: list[str] | None = None) -> None:
         'pm_seg_version': __version__,
     }
     content = {'state_dict': model.cpu().state_dict(), 'meta': meta}
-    with whole_files(Path(args.out)) as (partial,):
-        torch.save(content, partial)
+    try:
+        with whole_files(Path(args.out)) as (partial,):
+            torch.save(content, partial)
+    except (OSError, RuntimeError) as error:  # of the system, of torch
+        raise SystemExit(
+            f'Cannot write {args.out}: {error}; what was there is unchanged. '
+            'Make room or choose another place with --out'
+        ) from None
     print(f'Wrote {args.out}')
 
 

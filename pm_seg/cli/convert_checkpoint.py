@@ -14,7 +14,7 @@ from ..convert import (
 )
 from ..convert.keys import pair
 from ..convert.results import NORMALIZATIONS, config_path
-from .common import quiet_warnings
+from .common import check_environment, check_output, quiet_warnings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/convert_checkpoint.py``."""
     args = parse_args(argv)
     quiet_warnings()
+    check_environment()
+    check_output(args.output)
     try:
         if Path(args.output).suffix != '.pth':
             raise ConversionError(

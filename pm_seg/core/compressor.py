@@ -403,8 +403,11 @@ class TokenCompressor(Compressor):
         """Derive structure and initial weights from the stored scores.
 
         Raises:
-            ValueError: If a layer would keep no token.
+            ValueError: If a layer would keep no token, or on scores that
+                :meth:`store` would refuse.
         """
+        if self.uses_scores:
+            check_scores(self.scores[list(self.layers)])
         scores = self._normalised(self.scores.float().cpu())
         centres, live = self._count_tokens(scores)
         self.set_groups(self._groups(scores, centres, live, self.grid))

@@ -8,6 +8,7 @@ and how the other tokens are distributed among them (a *builder*).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -49,6 +50,12 @@ def check_scores(scores: Tensor) -> None:
 
 def check_rates(keep: float, prune: float) -> None:
     """Raise ``ValueError`` unless 0 < keep, 0 <= prune, keep + prune <= 1."""
+    for name, value in (('keep', keep), ('prune', prune)):
+        if not isinstance(value, Real):
+            raise ValueError(
+                f'{name}={value!r} is a {type(value).__name__}, expected a '
+                f'number, for example {name}=0.1'
+            )
     if not 0 < keep <= 1:
         raise ValueError(
             f'keep={keep} is not in (0, 1]; it is the share of patch tokens '

@@ -1,15 +1,25 @@
 from .compression import apply_scores, compress
-from .hooks import ProgressHook, PruneMergeHook, SeedIterationHook
+from .hooks import (
+    InterruptHook,
+    ProgressHook,
+    PruneMergeHook,
+    RunGuardHook,
+    SeedIterationHook,
+    WholeCheckpointHook,
+)
 from .optimizers import PMLayerDecayOptimWrapperConstructor
 from .report import describe
 from .scoring import gather_scores
 from .targets import meet_target
 
 __all__ = [
+    'InterruptHook',
     'PMLayerDecayOptimWrapperConstructor',
     'ProgressHook',
     'PruneMergeHook',
+    'RunGuardHook',
     'SeedIterationHook',
+    'WholeCheckpointHook',
     'apply_scores',
     'compress',
     'describe',

@@ -16,6 +16,7 @@ from .calibration import (
     fit_details,
     measure_losses,
 )
+from .faults import require_images
 from .scoring import (
     calibrated_modules,
     gather_scores,
@@ -119,7 +120,9 @@ def _fresh(
         return dataloader
     config = copy.deepcopy(dataloader)
     config['persistent_workers'] = False
-    return Runner.build_dataloader(config, seed=seed)
+    loader = Runner.build_dataloader(config, seed=seed)
+    require_images(loader.dataset)
+    return loader
 
 
 def calibration_loader(cfg: Config) -> dict:

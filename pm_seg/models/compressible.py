@@ -24,6 +24,21 @@ COMPRESSIONS: dict[str, Callable[..., Compressor]] = {
 _COMPRESSOR = 'compressor.'
 
 
+def check_patches(size: Sequence[int], patch: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless an image has at least one whole patch.
+
+    Args:
+        size (tuple[int, int]): Height and width of the image.
+        patch (tuple[int, int]): Height and width of a patch.
+    """
+    if any(n < p for n, p in zip(size, patch)):
+        raise ValueError(
+            f'an image of {size[0]}x{size[1]} pixels is smaller than a patch '
+            f'({patch[0]}x{patch[1]}); resize images, or set img_size, to at '
+            'least that'
+        )
+
+
 class CompressibleMixin:
     """For modules with ``layers``, run on P prefix and h x w patch tokens.
 

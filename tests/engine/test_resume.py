@@ -10,8 +10,10 @@ import torch
 from helpers import ROOT, dense_checkpoint, run_tool, small_config
 from mmengine.config import Config
 
-from pm_seg.cli.common import latest_intact_checkpoint
-from pm_seg.utils.checkpoints import read_checkpoint
+from pm_seg.utils.checkpoints import (
+    latest_intact_checkpoint,
+    read_checkpoint,
+)
 
 ITERS = 6
 
@@ -180,7 +182,7 @@ def test_resuming_keeps_the_teacher(tmp_path: Path, monkeypatch) -> None:
     from pm_seg.cli.common import fix_teacher, prepare_resume
 
     monkeypatch.chdir(tmp_path)
-    Path('dense.pth').touch()
+    torch.save(dict(weight=torch.ones(1)), 'dense.pth')
     Path('work').mkdir()
     torch.save({}, 'work/iter_3.pth')
     cfg = Config(

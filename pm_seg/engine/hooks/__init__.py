@@ -1,5 +1,15 @@
+from .checkpoint_hook import WholeCheckpointHook
+from .guard_hook import RunGuardHook
+from .interrupt_hook import InterruptHook
 from .progress_hook import ProgressHook
 from .prune_merge_hook import PruneMergeHook
 from .seed_hook import SeedIterationHook
 
-__all__ = ['ProgressHook', 'PruneMergeHook', 'SeedIterationHook']
+__all__ = [
+    'InterruptHook',
+    'ProgressHook',
+    'PruneMergeHook',
+    'RunGuardHook',
+    'SeedIterationHook',
+    'WholeCheckpointHook',
+]
