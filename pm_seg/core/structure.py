@@ -19,18 +19,20 @@ PRUNED = -1
 WEIGHTS = ('score', 'mean')
 
 
-def check_scores(scores: Tensor) -> None:
+def check_scores(scores: Tensor, layer_indices: Sequence[int] = ()) -> None:
     """Raise ``ValueError`` unless scores are finite, >= 0 and informative.
 
     Args:
         scores (Tensor): (L, N), one row for each layer.
+        layer_indices (Sequence[int]): Block index of each row, for messages.
+            Defaults to 0..L-1.
     """
     if scores.dim() != 2:
         raise ValueError(
             f'scores must have shape (layers, tokens), got '
             f'{tuple(scores.shape)}'
         )
-    for layer, row in enumerate(scores):
+    for layer, row in zip(layer_indices or range(len(scores)), scores):
         if not torch.isfinite(row).all():
             raise ValueError(
                 f'scores of layer {layer} contain NaN or inf; gather them '

@@ -146,6 +146,11 @@ class CompressibleMixin:
             shown = '\n  '.join(problems[:12])
             more = len(problems) - 12
             shown += f'\n  ... and {more} more' if more > 0 else ''
+            if any(': missing' in problem for problem in problems):
+                shown += (
+                    '\n(weights of another code base? see tools/'
+                    'convert_checkpoint.py)'
+                )
             raise RuntimeError(
                 f'the checkpoint does not fit {type(self).__name__}'
                 f'{f" ({prefix[:-1]})" if prefix else ""}:\n  {shown}'
