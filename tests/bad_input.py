@@ -111,7 +111,7 @@ class Workspace:
         return (
             path.suffix in ('.log', '.json')
             or 'vis_data' in parts
-            or path.name in ('.lock', 'pm.py', 'dense.py')
+            or path.name in ('.lock', 'pm.py', 'dense.py', 'faulty.py')
         )
 
     # ------------------------------------------------------------ the tools
@@ -350,7 +350,7 @@ def dataset_missing(ws: Workspace) -> None:
     ws.train('data_root=nowhere')
 
 
-@case('no image of the right kind', 'empty', 'files ending in .jpg', 'check')
+@case('no image of the right kind', 'empty', 'ending in .jpg', 'img_suffix')
 def dataset_empty(ws: Workspace) -> None:
     root = ws.root / 'empty'
     for split in ('training', 'validation'):
@@ -678,7 +678,7 @@ def _spoilt(ws: Workspace, kind: str, at: int) -> None:
 
 
 FAULTS = dict(table=TABLES[1])
-SAVED = ('work/iter_2.pth', 'work/last_checkpoint', 'work/faulty.py')
+SAVED = ('work/iter_2.pth', 'work/last_checkpoint')
 
 
 @case(

@@ -86,45 +86,58 @@ def wait(process: int, log: Path) -> None:
         raise RuntimeError(f'the run failed:\n{log.read_text()[-3000:]}')
 
 
-def doing(log: Path) -> str:
-    """What the last line of a log is about."""
-    state = 'starting'
+def milestones(log: Path) -> list[str]:
+    """What a run has done so far, by its log."""
+    found = ['starting']
     for line in log.read_text().splitlines() if log.exists() else ():
         for pattern, text in (
-            (r'Scoring batches \[(\d+/\d+)\]', 'scoring, batch {} done'),
-            (r'Measuring layers \[(\d+/\d+)\]', 'measuring, {} done'),
-            (r'Distilling from', 'before iteration 1'),
-            (r'Saving checkpoint at (\d+)', 'saving after iteration {}'),
-            (r'Iter\(train\) +\[ *(\d+/\d+)\]', 'training, {} done'),
+            (r'Scoring batches \[(\d+/\d+)\]', 'scored batch {}'),
+            (r'Measuring layers \[(\d+/\d+)\]', 'measured {}'),
+            (r'Distilling from', 'compressed'),
+            (r'Saving checkpoint at (\d+)', 'saving iteration {}'),
+            (r'Iter\(train\) +\[ *(\d+/\d+)\]', 'trained {}'),
         ):
-            found = re.search(pattern, line)
-            if found:
-                state = text.format(*found.groups())
-    return state
+            match = re.search(pattern, line)
+            if match:
+                found.append(text.format(*match.groups()))
+    return found
 
 
 @dataclass
 class Outcome:
     """A killed run: when, and how it ended after ``--resume``."""
 
-    share: float
+    seconds: float
     state: str
     resumed: str
     difference: float
 
 
 def kill_and_resume(
-    number: int, share: float, root: Path, duration: float
+    number: int, moment: float, pace: float, root: Path
 ) -> Outcome:
-    """One row of the table."""
+    """One row of the table.
+
+    Args:
+        number (int): Of the run.
+        moment (float): Milestones to wait for, and the part of the way to
+            the next one.
+        pace (float): Seconds from one to the next in an uninterrupted run.
+        root (Path): Folder of all runs.
+    """
     work, log = root / f'work{number}', root / f'log{number}'
+    begin = time.monotonic()
     process = start(root / 'config.py', work, log)
-    time.sleep(share * duration)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    state = doing(log)
-    if (work / f'iter_{ITERS}.pth').exists():
-        state = 'finished'
+    ended = 0
+    while len(milestones(log)) <= int(moment) and not ended:
+        ended, _ = os.waitpid(process, os.WNOHANG)
+        time.sleep(0.02)
+    if not ended:
+        time.sleep(moment % 1 * pace)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    seconds = time.monotonic() - begin
+    state = milestones(log)[-1]
     log = root / f'log{number}-resumed'
     wait(start(root / 'config.py', work, log, '--resume'), log)
     text = log.read_text()
@@ -133,9 +146,7 @@ def kill_and_resume(
     leftovers = list(work.glob('*.partial'))
     if leftovers:
         raise RuntimeError(f'left behind: {leftovers}')
-    return Outcome(
-        share, state, resumed, difference(root / 'whole', work)
-    )  # fmt: skip
+    return Outcome(seconds, state, resumed, difference(root / 'whole', work))
 
 
 def difference(first: Path, second: Path) -> float:
@@ -159,20 +170,21 @@ def run(root: Path, runs: int, seed: int = 0) -> list[Outcome]:
     for _ in write_scenes(scenes, num_train=12, num_val=2):
         pass
     write_config(root, scenes)
-    begin = time.monotonic()
-    wait(start(root / 'config.py', root / 'whole', root / 'log'), root / 'log')
+    begin, log = time.monotonic(), root / 'log'
+    wait(start(root / 'config.py', root / 'whole', log), log)
     duration = time.monotonic() - begin
+    total = len(milestones(log))
     print(f'An uninterrupted run takes {duration:.0f} s.\n')
-    print('| run | killed at | it was | resumed from | largest difference |')
+    print('| run | killed after | it had | resumed from | difference |')
     print('|---|---|---|---|---|', flush=True)
     rng, outcomes = random.Random(seed), []
     for number in range(1, runs + 1):
         # one in each part of the run
-        share = (number - 1 + rng.random()) / runs
-        outcome = kill_and_resume(number, share, root, duration)
+        moment = (number - 1 + rng.random()) / runs * (total - 1)
+        outcome = kill_and_resume(number, moment, duration / total, root)
         outcomes.append(outcome)
         print(
-            f'| {number} | {share:.0%} | {outcome.state} | '
+            f'| {number} | {outcome.seconds:.1f} s | {outcome.state} | '
             f'{outcome.resumed} | {outcome.difference:g} |',
             flush=True,
         )

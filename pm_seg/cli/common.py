@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ import yaml
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.fileio import YamlHandler, register_handler
+from mmseg.registry import DATASETS
 
 from ..utils.checkpoints import (
     CheckpointError,
@@ -237,6 +239,26 @@ def check_data(cfg: Config, *loaders: str) -> None:
             if cfg.get('default_scope') == 'mmseg':
                 message += f'\n{_DATASET_FALLBACK}'
             raise SystemExit(message)
+        _check_suffix(dataset)
+
+
+def _check_suffix(dataset: ConfigDict) -> None:
+    """Stop if an image folder of mmseg's holds files of another kind only."""
+    prefix = dataset.get('data_prefix') or {}
+    cls = DATASETS.get(str(dataset.get('type')))
+    if not isinstance(prefix, dict) or 'img_path' not in prefix or not cls:
+        return
+    default = inspect.signature(cls).parameters.get('img_suffix')
+    suffix = dataset.get('img_suffix', default and default.default)
+    folder = Path(dataset.data_root or '.') / prefix['img_path']
+    if not isinstance(suffix, str) or not folder.is_dir():
+        return
+    if not any(folder.rglob(f'*{suffix}')):
+        raise SystemExit(
+            f'{dataset.type}: {folder} has no file ending in {suffix}, the '
+            'dataset is empty; put images of that kind there, or set '
+            'img_suffix of the dataset to theirs'
+        )
 
 
 def check_output(path: str | Path, folder: bool = False) -> None:
