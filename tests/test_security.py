@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -94,7 +95,13 @@ def test_code_in_a_checkpoint_is_not_run(tool: str, ws: Workspace) -> None:
     assert new <= {'iter_2.pth', 'teacher.py', 'pretrained.py'}
 
 
-def test_the_attack_works_where_it_is_let(ws: Workspace) -> None:
+def test_the_attack_works_where_it_is_let(ws: Workspace, monkeypatch) -> None:
+    """And the tools' setting stops even that."""
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+    with pytest.raises(UnpicklingError):
+        torch.load(ws('bad.pth'), weights_only=False)
+    assert not Path(ws('pwned')).exists()
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD')
     torch.load(ws('bad.pth'), weights_only=False)
     assert Path(ws('pwned')).is_dir()
 
