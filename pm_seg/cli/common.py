@@ -23,7 +23,7 @@ from mmseg.registry import DATASETS
 from ..utils.checkpoints import (
     CheckpointError,
     latest_intact_checkpoint,
-    load_checkpoint_file,
+    load_from_local,
     trusted,
 )
 from ..utils.stacks import installed_stacks
@@ -306,7 +306,7 @@ def fetch_checkpoint(source: str) -> str:
     path = _local_checkpoint(source)
     if '://' not in path:
         try:
-            load_checkpoint_file(path, 'cpu')
+            load_from_local(path, 'cpu')
         except CheckpointError as error:
             message = str(error)
             raise SystemExit(message[0].upper() + message[1:]) from None

@@ -151,7 +151,8 @@ def main(argv: list[str] | None = None) -> None:
             torch.save(content, partial)
     except (OSError, RuntimeError) as error:  # of the system, of torch
         raise SystemExit(
-            f'Cannot write {args.out}: {error}; what was there is unchanged. '
+            f'Cannot write {args.out} to its end ({error}); what was there is '
+            'unchanged. '
             'Make room or choose another place with --out'
         ) from None
     print(f'Wrote {args.out}')

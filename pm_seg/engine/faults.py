@@ -159,5 +159,6 @@ def explain(
             'memory or /dev/shm is full: lower num_workers or batch_size of '
             f'the data loader. {advice}'
         )
-    print(f'The run stopped on an error. {advice}', file=sys.stderr)
+    if latest_intact_checkpoint(work_dir):
+        print(f'The run stopped on an error. {advice}', file=sys.stderr)
     return None

@@ -38,6 +38,11 @@ def _history_method(owner: type, name: str) -> object:
     return getattr(owner, name)
 
 
+# What torch knows it by; before 2.6 it takes no name beside the function.
+_history_method.__module__ = 'builtins'
+_history_method.__name__ = _history_method.__qualname__ = 'getattr'
+
+
 def allow_training_state() -> None:
     """Let weights-only loading read what mmengine saves for resuming.
 
@@ -45,8 +50,6 @@ def allow_training_state() -> None:
     cannot resume: its checkpoints hold logged scalars as ``HistoryBuffer``
     with numpy arrays. These few types are allowed; code is still refused.
     """
-    if not hasattr(torch.serialization, 'safe_globals'):
-        return  # older torch, where the default reads everything
     core = np._core if hasattr(np, '_core') else np.core
     multiarray = core.multiarray
     types: list = [
@@ -60,7 +63,7 @@ def allow_training_state() -> None:
         type(np.dtype(kind))
         for kind in (np.float32, np.float64, np.int32, np.int64, np.uint32)
     ]
-    types.append((_history_method, 'builtins.getattr'))
+    types.append(_history_method)
     torch.serialization.add_safe_globals(types)
 
 
@@ -115,7 +118,7 @@ def check_archive(path: str | Path) -> None:
         raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
 
 
-def load_checkpoint_file(filename: str, map_location: Any = None) -> dict:
+def load_from_local(filename: str, map_location: Any = None) -> dict:
     """Read a checkpoint as mmengine's loader of local files, without code.
 
     Takes the place of mmengine's loader when pm_seg is imported. The
@@ -157,7 +160,7 @@ def load_checkpoint_file(filename: str, map_location: Any = None) -> dict:
             f'where it comes from, set the environment variable {TRUST}=1'
         ) from error
     except Exception as error:  # damaged bytes raise about anything
-        reason = str(error).split('\n')[0] or type(error).__name__
+        reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
         raise _damaged(path, reason) from error
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(
@@ -237,5 +240,5 @@ def _fault(path: Path, finite: bool) -> str | None:
 
 
 def use_safe_loading() -> None:
-    """Let mmengine read local checkpoints with load_checkpoint_file."""
-    CheckpointLoader.register_scheme('', load_checkpoint_file, force=True)
+    """Let mmengine read local checkpoints with load_from_local."""
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
