@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,7 +19,14 @@ from mmengine.runner.checkpoint import CheckpointLoader
 #: Torch's own switch for loading checkpoints with code in them.
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 #: Lines around torch's reason for refusing a file.
-_ADVICE = ('Weights only load failed', 'Please file', 'Check the')
+_ADVICE = (
+    'Weights only load failed',
+    'Please file',
+    'Check the',
+    'To execute',
+    '(1)',
+    '(2)',
+)
 #: Reasons that mean that it holds more than data.
 _CODE = re.compile(
     r'\bglobal\b|refusing|unrecognized function|unsupported class|Can only',
@@ -38,9 +45,24 @@ def _history_method(owner: type, name: str) -> object:
     return getattr(owner, name)
 
 
-# What torch knows it by; before 2.6 it takes no name beside the function.
-_history_method.__module__ = 'builtins'
-_history_method.__name__ = _history_method.__qualname__ = 'getattr'
+def _latin1_bytes(text: str, encoding: str) -> bytes:
+    """Stands in for ``_codecs.encode``, by which numpy saves its bytes."""
+    if encoding != 'latin1':
+        raise UnpicklingError(f'refusing to encode as {encoding!r}')
+    return text.encode('latin1')
+
+
+def _known_as(function: Callable, module: str, name: str) -> None:
+    """Give a stand-in the name it is looked up by.
+
+    Torch before 2.6 takes no name beside the function.
+    """
+    function.__module__ = module
+    function.__name__ = function.__qualname__ = name
+
+
+_known_as(_history_method, 'builtins', 'getattr')
+_known_as(_latin1_bytes, '_codecs', 'encode')
 
 
 def allow_training_state() -> None:
@@ -63,7 +85,7 @@ def allow_training_state() -> None:
         type(np.dtype(kind))
         for kind in (np.float32, np.float64, np.int32, np.int64, np.uint32)
     ]
-    types.append(_history_method)
+    types += [_history_method, _latin1_bytes]
     torch.serialization.add_safe_globals(types)
 
 
@@ -99,6 +121,8 @@ def refusal(error: UnpicklingError) -> tuple[bool, str]:
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(_ADVICE)]
     reason = lines[0] if lines else 'not a pickle of weights'
+    reason = reason.removeprefix('WeightsUnpickler error: ')
+    reason = reason.split(' Please use')[0].rstrip('. ')
     return bool(_CODE.search(reason)), reason
 
 
