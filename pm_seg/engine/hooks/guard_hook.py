@@ -80,7 +80,10 @@ class RunGuardHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
         loss = outputs.get('loss') if isinstance(outputs, dict) else None
-        if loss is None or math.isfinite(float(loss)):
+        if loss is None:
+            return
+        loss = float(loss.detach())
+        if math.isfinite(loss):
             self._bad = 0
             return
         self._bad += 1
@@ -88,7 +91,7 @@ class RunGuardHook(Hook):
         if self._bad <= (self.patience if mixed else 0):
             return
         raise RunStoppedError(
-            f'The loss is {float(loss)} at iteration {runner.iter + 1}, '
+            f'The loss is {loss} at iteration {runner.iter + 1}, '
             'expected a finite number. Nothing of this iteration was saved. '
             'Lower the learning rate, add clip_grad to optim_wrapper, or '
             'train without --amp. '
