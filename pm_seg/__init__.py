@@ -22,9 +22,10 @@ if find_spec('mmseg') is not None and not _only_env:
 
         # These register their classes.
         from . import datasets, engine, models  # noqa: F401
-        from .utils.checkpoints import allow_training_state
+        from .utils.checkpoints import allow_training_state, use_safe_loading
 
         allow_training_state()
+        use_safe_loading()
         if find_spec('mmpretrain') is not None:
             from .models import classifiers  # noqa: F401
             from .models.backbones import pretrain_vit  # noqa: F401

@@ -30,6 +30,7 @@ from ..utils.checkpoints import read_checkpoint
 from ..version import __version__
 from .common import (
     add_common_arguments,
+    check_output,
     command,
     fetch_checkpoint,
     load_config,
@@ -449,6 +450,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if 'onnx' in args.modes:
         check_exporter()
     cfg = load_config(args)
+    for path in (args.out, args.plot):
+        if path:
+            check_output(path)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     native = cfg.model.backbone.get('img_size', 224)
     size = tuple(to_2tuple(args.size or native))

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import sys
 import time
-import zipfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
+import yaml
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.fileio import YamlHandler, register_handler
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
+from mmseg.registry import DATASETS
 
+from ..utils.checkpoints import (
+    CheckpointError,
+    latest_intact_checkpoint,
+    load_from_local,
+    trusted,
+)
 from ..utils.quiet import is_for_people, quiet_warnings
+from ..utils.stacks import installed_stacks
 from .parser import command, make_parser, wrong_usage
 
 __all__ = [
@@ -31,7 +42,6 @@ __all__ = [
     'fetch_checkpoint',
     'fix_teacher',
     'join_cpu_processes',
-    'latest_intact_checkpoint',
     'load_config',
     'make_parser',
     'packaged_configs',
@@ -160,12 +170,36 @@ def add_common_arguments(
     )
 
 
+class _SafeYaml(YamlHandler):
+    """YAML that is data; mmengine's own would build any Python object."""
+
+    def load_from_fileobj(self, file, **kwargs) -> object:
+        return yaml.safe_load(file)
+
+
+def check_environment() -> None:
+    """Refuse mixed installations; let torch load weights alone from here on.
+
+    Raises:
+        SystemExit: If two packages own the files of one module.
+    """
+    stacks = installed_stacks()
+    if stacks.conflicts:
+        raise SystemExit(f'Broken installation: {stacks.problem()}')
+    if stacks.mixed:
+        warnings.warn(stacks.problem(), stacklevel=2)
+    register_handler(['yaml', 'yml'])(_SafeYaml)
+    if not trusted():
+        os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config and apply the common arguments.
 
     The work directory is, in this order, ``--work-dir``, the config's
     ``work_dir``, or ``work_dirs/CONFIG_NAME``.
     """
+    check_environment()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = resolve_config(args.config)
     cfg = Config.fromfile(path)
@@ -286,10 +320,60 @@ def check_data(cfg: Config, *loaders: str) -> None:
             if cfg.get('default_scope') == 'mmseg':
                 message += f'\n{_DATASET_FALLBACK}'
             raise SystemExit(message)
+        _check_suffix(dataset)
+
+
+def _check_suffix(dataset: ConfigDict) -> None:
+    """Stop if an image folder of mmseg's holds files of another kind only."""
+    prefix = dataset.get('data_prefix') or {}
+    cls = DATASETS.get(str(dataset.get('type')))
+    if not isinstance(prefix, dict) or 'img_path' not in prefix or not cls:
+        return
+    default = inspect.signature(cls).parameters.get('img_suffix')
+    suffix = dataset.get('img_suffix', default and default.default)
+    folder = Path(dataset.data_root or '.') / prefix['img_path']
+    if not isinstance(suffix, str) or not folder.is_dir():
+        return
+    if not any(folder.rglob(f'*{suffix}')):
+        raise SystemExit(
+            f'{dataset.type}: {folder} has no file ending in {suffix}, the '
+            'dataset is empty; put images of that kind there, or set '
+            'img_suffix of the dataset to theirs'
+        )
+
+
+def check_output(path: str | Path, folder: bool = False) -> None:
+    """Stop before the work starts if its result could not be written.
+
+    Args:
+        path (str | Path): Of a file to write, or of a folder.
+        folder (bool): Whether it is a folder. Defaults to False.
+
+    Raises:
+        SystemExit: Naming what is in the way.
+    """
+    path = Path(path)
+    if not folder and path.is_dir():
+        raise SystemExit(
+            f'Cannot write {path}: it is a folder; give the name of a file'
+        )
+    parent = path if folder else path.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise SystemExit(
+            f'Cannot write {path}: {parent} is a file, expected a folder; '
+            'choose another place'
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise SystemExit(
+            f'Cannot write {path}: no permission to write in {parent}; '
+            'choose another place, or change its permissions'
+        )
 
 
 def fetch_checkpoint(source: str) -> str:
-    """Local path of a checkpoint; downloads it if it is an address.
+    """Local path of a readable checkpoint; downloads it from an address.
 
     Args:
         source (str): A path, or an http(s) address. A file of the same name
@@ -297,8 +381,20 @@ def fetch_checkpoint(source: str) -> str:
             process of a machine downloads, the others wait for the file.
 
     Raises:
-        SystemExit: Saying which file to put where.
+        SystemExit: Saying which file to put where, or what is wrong with it:
+            damage, code in it, no weights.
     """
+    path = _local_checkpoint(source)
+    if '://' not in path:
+        try:
+            load_from_local(path, 'cpu')
+        except CheckpointError as error:
+            message = str(error)
+            raise SystemExit(message[0].upper() + message[1:]) from None
+    return path
+
+
+def _local_checkpoint(source: str) -> str:
     if urlparse(source).scheme not in ('http', 'https'):
         if '://' in source or Path(source).is_file():
             return source
@@ -339,39 +435,35 @@ def _local_rank() -> int:
     return int(os.environ.get('LOCAL_RANK', 0))
 
 
-def latest_intact_checkpoint(work_dir: str | Path) -> str | None:
-    """The newest checkpoint of a run that was written to its end.
+def is_first_process() -> bool:
+    """Whether this is the first process of a distributed run, or alone."""
+    names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+    return not any(int(os.environ.get(name, 0)) for name in names)
 
-    A process killed while it saves leaves a truncated file behind; that one
-    is passed over.
-    """
 
-    def number(path: Path) -> int:
-        return int(path.stem.rsplit('_', 1)[1])
+#: What watches over a run of the tools.
+_TRAIN_GUARDS = ('RunGuardHook', 'InterruptHook')
 
-    found = [
-        path
-        for kind in ('iter', 'epoch')
-        for path in Path(work_dir).glob(f'{kind}_*.pth')
-        if path.stem.rsplit('_', 1)[1].isdigit()
-    ]
-    for path in sorted(found, key=number, reverse=True):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is None:
-                    return str(path)
-        except (zipfile.BadZipFile, OSError):
-            pass
-        print(f'Passing over {path}: not a whole checkpoint', file=sys.stderr)
-    return None
+
+def guard_run(cfg: Config, hooks: tuple[str, ...] = _TRAIN_GUARDS) -> None:
+    """Add hooks that stop and save cleanly; save checkpoints whole."""
+    given = list(cfg.get('custom_hooks') or [])
+    present = {hook.get('type') for hook in given}
+    given += [dict(type=hook) for hook in hooks if hook not in present]
+    cfg.custom_hooks = given
+    saving = (cfg.get('default_hooks') or {}).get('checkpoint')
+    if saving and saving.get('type') == 'CheckpointHook':
+        saving.type = 'WholeCheckpointHook'
 
 
 def prepare_resume(cfg: Config) -> None:
     """Let the run go on from its own latest checkpoint, or start it.
 
     mmengine would take ``load_from``, the dense checkpoint, for the one to
-    resume from.
+    resume from. What a killed process left unfinished is removed.
     """
+    for rest in Path(cfg.work_dir).glob('*.pth.*.partial'):
+        rest.unlink(missing_ok=True)
     found = latest_intact_checkpoint(cfg.work_dir)
     cfg.resume = found is not None
     if found:

@@ -18,6 +18,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 
+from ..core.structure import check_rates
 from ..engine.compression import calibration_loader, compress, needs_data
 from ..engine.evaluation import compare_macs, compare_speed, evaluate
 from ..engine.html_report import CompressionReport, machine
@@ -35,6 +36,7 @@ from ..version import __version__
 from .common import (
     add_common_arguments,
     check_data,
+    check_output,
     command,
     fetch_checkpoint,
     load_config,
@@ -218,11 +220,18 @@ def main(argv: list[str] | None = None) -> None:
     quiet_warnings()
     cfg = load_config(args)
     target = _target(args.target)
+    check_output(args.out)
+    if args.report:
+        check_output(args.report)
     checkpoint = fetch_checkpoint(args.checkpoint)
     for path in args.report_images or ():
         if not Path(path).is_file():
             sys.exit(f'Image not found: {path}')
     if args.keep is not None:
+        try:
+            check_rates(args.keep, 0.0)
+        except ValueError as error:
+            wrong_usage(f'--keep: {error}')
         _set_keep(cfg.model, args.keep)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     model = MODELS.build(cfg.model)
@@ -258,8 +267,15 @@ def main(argv: list[str] | None = None) -> None:
         'pm_seg_version': __version__,
     }
     content = {'state_dict': model.cpu().state_dict(), 'meta': meta}
-    with whole_files(Path(args.out)) as (partial_file,):
-        torch.save(content, partial_file)
+    try:
+        with whole_files(Path(args.out)) as (partial_file,):
+            torch.save(content, partial_file)
+    except (OSError, RuntimeError) as error:  # of the system, of torch
+        raise SystemExit(
+            f'Cannot write {args.out} to its end ({error}); what was there is '
+            'unchanged. '
+            'Make room or choose another place with --out'
+        ) from None
     print(f'Wrote {args.out}')
     model.to(args.device)
     accuracy = _accuracy(model, cfg) if args.evaluate else {}

@@ -15,6 +15,7 @@ from ..convert import (
 from ..convert.keys import pair
 from ..convert.results import NORMALIZATIONS, config_path
 from ..utils.quiet import quiet_warnings
+from .common import check_environment, check_output
 from .parser import command, make_parser
 
 
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/convert_checkpoint.py``."""
     args = parse_args(argv)
     quiet_warnings()
+    check_environment()
+    check_output(args.output)
     try:
         if Path(args.output).suffix != '.pth':
             raise ConversionError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..utils.files import whole_files
 from .common import (
     add_common_arguments,
+    check_output,
     command,
     fetch_checkpoint,
     load_config,
@@ -166,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     check_exporter()
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
+    check_output(args.out)
     model = MODELS.build(cfg.model)
     load_checkpoint(
         model, fetch_checkpoint(args.checkpoint), map_location='cpu'

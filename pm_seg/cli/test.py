@@ -10,8 +10,10 @@ from .common import (
     ToolRunner,
     add_common_arguments,
     check_data,
+    check_output,
     command,
     fetch_checkpoint,
+    guard_run,
     join_cpu_processes,
     load_config,
     make_parser,
@@ -113,6 +115,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     cfg.load_from = fetch_checkpoint(args.checkpoint)
     cfg.resume = False
     check_data(cfg, 'test')
+    single = cfg.get('default_scope') == 'mmpretrain'
+    for path, folder in ((args.out, not single), (args.show_dir, True)):
+        if path:
+            check_output(path, folder)
     if args.show or args.show_dir:
         _draw_predictions(cfg, args)
     if args.tta:
@@ -125,6 +131,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         cfg.model = cfg.tta_model
     if args.out is not None:
         _save_predictions(cfg, args.out)
+    guard_run(cfg, ('RunGuardHook',))
     join_cpu_processes(cfg)
     return ToolRunner.from_cfg(cfg).test()
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
+from contextlib import ExitStack
 
+from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import get_world_size
 from mmengine.registry import RUNNERS
 
+from ..engine.faults import RunStoppedError, explain
+from ..engine.hooks import InterruptHook
+from ..utils.checkpoints import latest_intact_checkpoint
+from ..utils.lock import WorkDirInUseError, work_dir_lock
 from .common import (
     ToolRunner,
     add_common_arguments,
     check_checkpoints,
     check_data,
+    check_output,
     command,
     ensure_compression_hook,
     fix_teacher,
+    guard_run,
+    is_first_process,
     join_cpu_processes,
     load_config,
     make_parser,
@@ -89,15 +101,62 @@ def main(argv: list[str] | None = None) -> None:
         cfg.auto_scale_lr.enable = True
     ensure_compression_hook(cfg)
     check_data(cfg, 'train', 'val')
+    check_output(cfg.work_dir, folder=True)
     fix_teacher(cfg)
-    if args.resume or cfg.get('resume'):
-        prepare_resume(cfg)
-    check_checkpoints(cfg)
-    join_cpu_processes(cfg)
-    if 'runner_type' in cfg:  # FlexibleRunner, for FSDP
-        RUNNERS.build(cfg).train()
-    else:
-        ToolRunner.from_cfg(cfg).train()
+    resume = args.resume or cfg.get('resume')
+    if not resume:
+        check_checkpoints(cfg)
+    guard_run(cfg)
+    try:
+        with ExitStack() as stack:
+            if is_first_process():
+                stack.enter_context(work_dir_lock(cfg.work_dir))
+            if resume:
+                prepare_resume(cfg)
+                check_checkpoints(cfg)
+            join_cpu_processes(cfg)
+            _run(cfg)
+    except WorkDirInUseError as error:
+        raise SystemExit(str(error)) from None
+    except RunStoppedError as stop:
+        print(f'{stop}', file=sys.stderr)
+        if latest_intact_checkpoint(cfg.work_dir):
+            command = _resume_command(sys.argv[1:] if argv is None else argv)
+            print(f'Go on with: {command}', file=sys.stderr)
+        raise SystemExit(stop.code) from None
+
+
+def _run(cfg: Config) -> None:
+    """Train; every way to stop early ends in ``RunStoppedError`` or an error.
+
+    Raises:
+        RunStoppedError: With the checkpoint to go on from.
+    """
+    runner = None
+    try:
+        build = ToolRunner.from_cfg
+        if 'runner_type' in cfg:  # FlexibleRunner, for FSDP
+            build = RUNNERS.build
+        runner = build(cfg)
+        runner.train()
+    except (Exception, KeyboardInterrupt) as error:
+        for hook in runner.hooks if runner else ():
+            if isinstance(hook, InterruptHook):
+                # Told to stop while it waited for images that never came.
+                if hook.between_iterations and get_world_size() == 1:
+                    hook.stop(runner)
+                hook.release()
+        stop = explain(error, cfg.work_dir)
+        if stop is None:
+            raise
+        raise stop from None
+
+
+def _resume_command(argv: list[str]) -> str:
+    flags = [] if '--resume' in argv else ['--resume']
+    place = argv.index('--cfg-options') if '--cfg-options' in argv else None
+    words = argv[:place] + flags + (argv[place:] if place else [])
+    return f'python tools/train.py {shlex.join(words)}'
 
 
 if __name__ == '__main__':

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..utils.checkpoints import read_checkpoint
+from ..utils.checkpoints import check_archive, read_checkpoint, refusal
 
 #: Where training scripts keep the weights among other things, first wins.
 _NESTED = ('state_dict', 'model', 'model_state_dict', 'sd')
@@ -37,14 +36,6 @@ _FACTS = (
     'patch_size',
     'prune',
     'scores',
-)
-
-#: Lines around torch's reason for refusing a file.
-_TORCH_ADVICE = ('Weights only load failed', 'Please file', 'Check the')
-#: Reasons that mean that it holds more than data.
-_CODE = re.compile(
-    r'\bglobal\b|refusing|unrecognized function|unsupported class|Can only',
-    re.IGNORECASE,
 )
 
 
@@ -186,14 +177,6 @@ def _refused(path: Path, reason: str) -> ConversionError:
     )
 
 
-def _check_archive(path: Path) -> None:
-    """Compare the checksums of a zip file, which torch does not."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
-
-
 def _read_npz(path: Path) -> dict[str, Tensor]:
     if not zipfile.is_zipfile(path):
         raise _damaged(path, 'not a zip file')
@@ -227,18 +210,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> dict[str, Any]:
     try:
-        if zipfile.is_zipfile(path):
-            _check_archive(path)
+        check_archive(path)
         # Training scripts of this field save their arguments; a namespace is
         # a bag of attributes and its unpickling sets nothing else.
         torch.serialization.add_safe_globals([argparse.Namespace])
         content = read_checkpoint(path)
     except UnpicklingError as error:
-        # torch's own advice is to load unsafely: not passed on.
-        lines = [line.strip() for line in str(error).splitlines()]
-        lines = [x for x in lines if x and not x.startswith(_TORCH_ADVICE)]
-        reason = lines[0] if lines else 'not a pickle of weights'
-        make = _refused if _CODE.search(reason) else _damaged
+        code, reason = refusal(error)
+        make = _refused if code else _damaged
         raise make(path, reason) from error
     except Exception as error:  # damaged bytes raise about anything
         raise _damaged(path, str(error).split('\n')[0]) from error

@@ -437,7 +437,7 @@ class TokenCompressor(Compressor):
                     f'{tuple(self.scores.shape)}: {self.depth} layers on a '
                     f'{self.grid[0]}x{self.grid[1]} grid'
                 )
-            check_scores(scores[list(self.layers)])
+            check_scores(scores[list(self.layers)], self.layers)
             self.scores.copy_(scores)
         if losses is not None:
             if losses.shape != self.losses.shape or not (
@@ -455,9 +455,10 @@ class TokenCompressor(Compressor):
         """Derive structure and initial weights from the stored scores.
 
         Raises:
-            ValueError: If a layer would keep no token.
+            ValueError: If a layer would keep no token, or on scores that
+                :meth:`store` would refuse.
         """
-        scores = self._normalised(self.scores.float().cpu())
+        scores = self._stored_scores()
         centres, live = self._count_tokens(scores)
         self.set_groups(self._groups(scores, centres, live, self.grid))
 
@@ -469,7 +470,7 @@ class TokenCompressor(Compressor):
             layer (int): First layer of the span.
             share (float): Share of the patch tokens it works on.
         """
-        scores = self._normalised(self.scores.float().cpu())
+        scores = self._stored_scores()
         counts = [
             max(round(share * self.num_tokens), 1)
             if layers[0] == layer
@@ -769,6 +770,12 @@ class TokenCompressor(Compressor):
             layout.merge + _resize(merge, self.grid, grid),
             layout.restore + _resize(restore, self.grid, grid),
         )
+
+    def _stored_scores(self) -> Tensor:
+        """Stored scores, checked (a checkpoint may hold anything)."""
+        if self.uses_scores:
+            check_scores(self.scores[list(self.layers)], self.layers)
+        return self._normalised(self.scores.float().cpu())
 
     def _normalised(self, scores: Tensor) -> Tensor:
         """Scores that each token map is made of, (token maps, N)."""

@@ -109,10 +109,12 @@ class ScoreRecorder:
         expected = self.num_prefix + self.num_tokens
         if value.shape[2] != expected:
             raise ValueError(
-                f'layer {layer} got {value.shape[2]} tokens, expected '
-                f'{expected}; scores are gathered on images of the size the '
-                'backbone was built for (img_size), uncompressed; check the '
-                'crop of calib_pipeline or train_pipeline'
+                f'layer {layer} got {value.shape[2] - self.num_prefix} patch '
+                f'tokens, expected {self.num_tokens}; scores are gathered '
+                'uncompressed, on images of the size the model was built '
+                'for: check img_size of the backbone, grid in the compression '
+                'of the head, and the crop of calib_pipeline or '
+                'train_pipeline'
             )
         detached = value.detach()
         if torch.is_grad_enabled():

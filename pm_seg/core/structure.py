@@ -8,6 +8,7 @@ and how the other tokens are distributed among them (a *builder*).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -18,18 +19,20 @@ PRUNED = -1
 WEIGHTS = ('score', 'mean')
 
 
-def check_scores(scores: Tensor) -> None:
+def check_scores(scores: Tensor, layer_indices: Sequence[int] = ()) -> None:
     """Raise ``ValueError`` unless scores are finite, >= 0 and informative.
 
     Args:
         scores (Tensor): (L, N), one row for each layer.
+        layer_indices (Sequence[int]): Block index of each row, for messages.
+            Defaults to 0..L-1.
     """
     if scores.dim() != 2:
         raise ValueError(
             f'scores must have shape (layers, tokens), got '
             f'{tuple(scores.shape)}'
         )
-    for layer, row in enumerate(scores):
+    for layer, row in zip(layer_indices or range(len(scores)), scores):
         if not torch.isfinite(row).all():
             raise ValueError(
                 f'scores of layer {layer} contain NaN or inf; gather them '
@@ -49,6 +52,12 @@ def check_scores(scores: Tensor) -> None:
 
 def check_rates(keep: float, prune: float) -> None:
     """Raise ``ValueError`` unless 0 < keep, 0 <= prune, keep + prune <= 1."""
+    for name, value in (('keep', keep), ('prune', prune)):
+        if not isinstance(value, Real):
+            raise ValueError(
+                f'{name}={value!r} is a {type(value).__name__}, expected a '
+                f'number, for example {name}=0.1'
+            )
     if not 0 < keep <= 1:
         raise ValueError(
             f'keep={keep} is not in (0, 1]; it is the share of patch tokens '

@@ -16,6 +16,7 @@ from .calibration import (
     fit_details,
     measure_losses,
 )
+from .faults import require_images
 from .scoring import (
     calibrated_modules,
     gather_scores,
@@ -120,7 +121,17 @@ def _fresh(
         return dataloader
     config = copy.deepcopy(dataloader)
     config['persistent_workers'] = False
-    return Runner.build_dataloader(config, seed=seed)
+    try:
+        loader = Runner.build_dataloader(config, seed=seed)
+    except ValueError as error:
+        if 'at least one array' not in str(error):  # numpy, in mmengine
+            raise
+        raise ValueError(
+            'the dataset to score on is empty; check data_root, data_prefix, '
+            'img_suffix and ann_file of train_dataloader'
+        ) from error
+    require_images(loader.dataset)
+    return loader
 
 
 def calibration_loader(cfg: Config) -> dict:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core import ScoreRecorder, TokenCompressor
 from ..models.compressible import CompressibleMixin
 from ..models.distillation import DistillationMixin
+from .faults import check_labels
 
 
 def compressible_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
@@ -177,6 +178,7 @@ def gather_scores(
         if progress:
             progress(0)
         for done, data in enumerate(take(batches, num_batches), 1):
+            check_labels(model, data)
             data = model.data_preprocessor(data, training=True)
             with torch.enable_grad():
                 losses = model(**data, mode='loss')

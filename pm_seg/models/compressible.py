@@ -24,6 +24,21 @@ COMPRESSIONS: dict[str, Callable[..., Compressor]] = {
 _COMPRESSOR = 'compressor.'
 
 
+def check_patches(size: Sequence[int], patch: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless an image has at least one whole patch.
+
+    Args:
+        size (tuple[int, int]): Height and width of the image.
+        patch (tuple[int, int]): Height and width of a patch.
+    """
+    if any(n < p for n, p in zip(size, patch)):
+        raise ValueError(
+            f'an image of {size[0]}x{size[1]} pixels is smaller than a patch '
+            f'({patch[0]}x{patch[1]}); resize images, or set img_size, to at '
+            'least that'
+        )
+
+
 class CompressibleMixin:
     """For modules with ``layers``, run on P prefix and h x w patch tokens.
 
@@ -139,6 +154,11 @@ class CompressibleMixin:
             shown = '\n  '.join(problems[:12])
             more = len(problems) - 12
             shown += f'\n  ... and {more} more' if more > 0 else ''
+            if any(': missing' in problem for problem in problems):
+                shown += (
+                    '\n(weights of another code base? see tools/'
+                    'convert_checkpoint.py)'
+                )
             raise RuntimeError(
                 f'the checkpoint does not fit {type(self).__name__}'
                 f'{f" ({prefix[:-1]})" if prefix else ""}:\n  {shown}'

@@ -131,7 +131,15 @@ class DistillationMixin:
             if '.compressor.' not in key
         }
         teacher = self.build_teacher(self._teacher_config)
-        missing = teacher.load_state_dict(state, strict=False).missing_keys
+        try:
+            missing = teacher.load_state_dict(state, strict=False).missing_keys
+        except RuntimeError as error:
+            raise RuntimeError(
+                f'the teacher checkpoint {path} is of another architecture '
+                'than teacher.model: give the dense checkpoint this model '
+                'was compressed from, or set teacher.model to the config of '
+                f'the checkpoint. {error}'
+            ) from error
         if missing:
             raise RuntimeError(
                 f'the teacher checkpoint {path} lacks {missing[:8]}; it must '
@@ -187,6 +195,12 @@ class DistillationMixin:
         """
         with torch.no_grad():
             target = self.logits(self.teacher, inputs)
+        if target.shape[1] != logits.shape[1]:
+            raise ValueError(
+                f'the teacher has {target.shape[1]} classes, expected the '
+                f'{logits.shape[1]} of this model; set teacher.model to one '
+                'with the same classes'
+            )
         losses = {
             name: [v * (1 - self.alpha) for v in value]
             if isinstance(value, list)

@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
-import codecs
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader
+
+#: Torch's own switch for loading checkpoints with code in them.
+TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+#: Lines around torch's reason for refusing a file.
+_ADVICE = (
+    'Weights only load failed',
+    'Please file',
+    'Check the',
+    'To execute',
+    '(1)',
+    '(2)',
+)
+#: Reasons that mean that it holds more than data.
+_CODE = re.compile(
+    r'\bglobal\b|refusing|unrecognized function|unsupported class|Can only',
+    re.IGNORECASE,
+)
+
+
+class CheckpointError(RuntimeError):
+    """A file that is no usable checkpoint: what is wrong, and a remedy."""
 
 
 def _history_method(owner: type, name: str) -> object:
     """Stands in for ``getattr``, for the one class that needs it."""
-    if owner is not HistoryBuffer:
+    if owner is not HistoryBuffer or name.startswith('_'):
         raise UnpicklingError(f'refusing to read {name!r} of {owner!r}')
     return getattr(owner, name)
 
 
-# Allowed under the name of what it stands in for; torch before 2.6 takes no
-# other name than a function's own.
-_history_method.__module__ = 'builtins'
-_history_method.__name__ = _history_method.__qualname__ = 'getattr'
+def _latin1_bytes(text: str, encoding: str) -> bytes:
+    """Stands in for ``_codecs.encode``, by which numpy saves its bytes."""
+    if encoding != 'latin1':
+        raise UnpicklingError(f'refusing to encode as {encoding!r}')
+    return text.encode('latin1')
+
+
+def _known_as(function: Callable, module: str, name: str) -> None:
+    """Give a stand-in the name it is looked up by.
+
+    Torch before 2.6 takes no name beside the function.
+    """
+    function.__module__ = module
+    function.__name__ = function.__qualname__ = name
+
+
+_known_as(_history_method, 'builtins', 'getattr')
+_known_as(_latin1_bytes, '_codecs', 'encode')
 
 
 def allow_training_state() -> None:
@@ -39,22 +80,22 @@ def allow_training_state() -> None:
         np.dtype,
         multiarray._reconstruct,
         multiarray.scalar,
-        codecs.encode,  # bytes, in pickles of protocol 2; torch < 2.5
     ]
     types += [
         type(np.dtype(kind))
         for kind in (np.float32, np.float64, np.int32, np.int64, np.uint32)
     ]
-    types.append(_history_method)
+    types += [_history_method, _latin1_bytes]
     torch.serialization.add_safe_globals(types)
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU, training state included, no code.
+def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
+    """Read a checkpoint, training state included, without running code.
 
     Args:
         path (str | Path): A file written by a training run or by
             ``tools/compress.py``.
+        map_location: See :func:`torch.load`. Defaults to 'cpu'.
 
     Raises:
         UnpicklingError: If it holds anything but data.
@@ -62,4 +103,166 @@ def read_checkpoint(path: str | Path) -> dict:
     # Anew each time: leaving a ``safe_globals`` block, as the maintained
     # mmengine does after every load, drops what was allowed before it.
     allow_training_state()
-    return torch.load(path, map_location='cpu', weights_only=True)
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def trusted() -> bool:
+    """Whether the user asked torch to load checkpoints with code."""
+    return os.environ.get(TRUST, '0').lower() in ('1', 'y', 'yes', 'true')
+
+
+def refusal(error: UnpicklingError) -> tuple[bool, str]:
+    """Torch's reason for refusing a file, in one line.
+
+    Returns:
+        tuple[bool, str]: Whether the file holds code (else it is damaged),
+        and the reason. Torch's advice to load unsafely is not passed on.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(_ADVICE)]
+    reason = lines[0] if lines else 'not a pickle of weights'
+    reason = reason.removeprefix('WeightsUnpickler error: ')
+    reason = reason.split(' Please use')[0].rstrip('. ')
+    return bool(_CODE.search(reason)), reason
+
+
+def check_archive(path: str | Path) -> None:
+    """Compare the checksums of a zip file, which torch does not.
+
+    Files of the format before torch 1.6 are no zip files and pass.
+
+    Raises:
+        BadZipFile: If it is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
+
+
+def load_from_local(filename: str, map_location: Any = None) -> dict:
+    """Read a checkpoint as mmengine's loader of local files, without code.
+
+    Takes the place of mmengine's loader when pm_seg is imported. The
+    maintained mmengine reads everything, code included, if reading weights
+    alone fails, and every mmengine runs a ``config`` it finds in a
+    checkpoint's meta data when it resumes. Here code is refused and that
+    entry is dropped. Setting the environment variable
+    ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``, which is torch's own, gives
+    trusted files the old treatment.
+
+    Args:
+        filename (str): Path of the checkpoint.
+        map_location: See :func:`torch.load`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged, holds code or is no dict.
+    """
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'checkpoint {path} does not exist; give the path of a .pth file'
+        )
+    try:
+        if trusted():
+            content = torch.load(
+                path, map_location=map_location, weights_only=False
+            )
+        else:
+            check_archive(path)
+            content = read_checkpoint(path, map_location)
+    except UnpicklingError as error:
+        code, reason = refusal(error)
+        if not code:
+            raise _damaged(path, reason) from error
+        raise CheckpointError(
+            f'checkpoint {path} holds more than weights ({reason}). It was '
+            'not loaded, because loading it could run code. If you trust '
+            f'where it comes from, set the environment variable {TRUST}=1'
+        ) from error
+    except Exception as error:  # damaged bytes raise about anything
+        reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
+        raise _damaged(path, reason) from error
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(
+            f'checkpoint {path} holds {_kind(content)}; expected a dict of '
+            'weights by name, or one with a state_dict, as torch.save('
+            'model.state_dict(), path) writes it'
+        )
+    meta = content.get('meta')
+    if isinstance(meta, dict):
+        meta.pop('config', None)
+    return content
+
+
+def _kind(content: object) -> str:
+    empty = isinstance(content, Mapping)
+    return 'nothing' if empty else f'a {type(content).__name__}'
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    remedy = (
+        'use tools/convert_checkpoint.py'
+        if path.suffix.lower() in ('.npz', '.safetensors')
+        else 'download or copy it again, or use an earlier one'
+    )
+    return CheckpointError(
+        f'checkpoint {path} cannot be read ({reason}; it has '
+        f'{path.stat().st_size} bytes): it is truncated, damaged or no .pth '
+        f'file; {remedy}'
+    )
+
+
+def latest_intact_checkpoint(
+    work_dir: str | Path, finite: bool = False
+) -> str | None:
+    """The newest checkpoint of a run that was written to its end.
+
+    A process killed while it saves, or a copy that broke off, leaves a
+    truncated file behind; that one is passed over, with a line on stderr.
+
+    Args:
+        work_dir (str | Path): Of the run.
+        finite (bool): Whether to pass over those with NaN or inf in their
+            weights. Defaults to False.
+    """
+
+    def number(path: Path) -> int:
+        return int(path.stem.rsplit('_', 1)[1])
+
+    found = [
+        path
+        for kind in ('iter', 'epoch')
+        for path in Path(work_dir).glob(f'{kind}_*.pth')
+        if path.stem.rsplit('_', 1)[1].isdigit()
+    ]
+    for path in sorted(found, key=number, reverse=True):
+        problem = _fault(path, finite)
+        if problem is None:
+            return str(path)
+        print(f'Passing over {path}: {problem}', file=sys.stderr)
+    return None
+
+
+def _fault(path: Path, finite: bool) -> str | None:
+    """What keeps a run from going on from a checkpoint, if anything."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return 'not a whole checkpoint'
+        check_archive(path)
+    except (zipfile.BadZipFile, OSError):
+        return 'not a whole checkpoint'
+    if finite:
+        state = read_checkpoint(path).get('state_dict', {})
+        for key, value in state.items():
+            if not torch.isfinite(value).all():
+                return f'{key} contains NaN or inf'
+    return None
+
+
+def use_safe_loading() -> None:
+    """Let mmengine read local checkpoints with load_from_local."""
+    CheckpointLoader.register_scheme('', load_from_local, force=True)

@@ -13,7 +13,8 @@ def whole_files(*targets: Path) -> Iterator[list[Path]]:
     """Write files under names of their own and rename them at the end.
 
     Folders are created. Nothing is left, and what stood there stays, if the
-    block raises.
+    block raises. Processes that write the same file do not mix: the last to
+    end wins.
 
     Args:
         *targets (Path): Files to write.
@@ -23,7 +24,8 @@ def whole_files(*targets: Path) -> Iterator[list[Path]]:
     """
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
-    partials = [path.with_name(f'{path.name}.partial') for path in targets]
+    suffix = f'.{os.getpid()}.partial'
+    partials = [path.with_name(path.name + suffix) for path in targets]
     try:
         yield partials
         for partial, target in zip(partials, targets):

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT
 from mmengine.config import Config
 
@@ -17,6 +18,7 @@ from pm_seg.cli.common import (
     resolve_config,
 )
 
+WEIGHTS = dict(weight=torch.ones(2))
 ADE = 'configs/segmenter_vit-s_pm_ade20k.py'
 
 
@@ -80,7 +82,7 @@ def test_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match='Checkpoint not found: none.pth'):
         fetch_checkpoint('none.pth')
     file = tmp_path / 'some.pth'
-    file.touch()
+    torch.save(WEIGHTS, file)
     assert fetch_checkpoint(str(file)) == str(file)
 
 
@@ -92,7 +94,7 @@ def test_download_fails(tmp_path: Path, monkeypatch) -> None:
         fetch_checkpoint('http://127.0.0.1:9/models/vit.pth')
     assert 'put it at checkpoints/vit.pth' in str(error.value)
     (tmp_path / 'checkpoints').mkdir()
-    (tmp_path / 'checkpoints/vit.pth').touch()
+    torch.save(WEIGHTS, tmp_path / 'checkpoints/vit.pth')
     path = fetch_checkpoint('http://127.0.0.1:9/models/vit.pth')
     assert path == 'checkpoints/vit.pth'
 
@@ -109,7 +111,8 @@ def test_other_processes_wait_for_the_download(
 
     def sleep(seconds: float) -> None:
         waited.append(seconds)
-        file.touch()  # the first process is done
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(WEIGHTS, file)  # the first process is done
 
     monkeypatch.setattr('time.sleep', sleep)
     path = fetch_checkpoint('http://127.0.0.1:9/models/vit.pth')
@@ -120,7 +123,7 @@ def test_all_checkpoints_of_a_config(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'checkpoints').mkdir()
     for name in ('a.pth', 'b.pth', 'c.pth'):
-        (tmp_path / 'checkpoints' / name).touch()
+        torch.save(WEIGHTS, tmp_path / 'checkpoints' / name)
     model = dict(
         pretrained='http://127.0.0.1:9/b.pth',
         backbone=dict(init_cfg=dict(checkpoint='http://127.0.0.1:9/c.pth')),

@@ -128,6 +128,6 @@ def test_errors() -> None:
         ScoreRecorder(net.taps, 6, 1, 'sum')
     with (
         ScoreRecorder(net.taps, 9, 1),
-        pytest.raises(ValueError, match='got 7 tokens, expected 10'),
+        pytest.raises(ValueError, match='got 6 patch tokens, expected 9'),
     ):
         net(torch.randn(2, 7, 12))

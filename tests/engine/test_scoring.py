@@ -72,7 +72,7 @@ def test_nothing_to_compress() -> None:
 def test_images_of_another_size() -> None:
     model = build()
     model.data_preprocessor.size = (96, 64)
-    with pytest.raises(ValueError, match='got 25 tokens, expected 17'):
+    with pytest.raises(ValueError, match='got 24 patch tokens, expected 16'):
         gather_scores(model, [batch(0, 1)], 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,7 +11,11 @@ import pytest
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from pm_seg.utils.checkpoints import read_checkpoint
+from pm_seg.utils.checkpoints import (
+    CheckpointError,
+    load_from_local,
+    read_checkpoint,
+)
 
 
 def test_history_buffers_load(tmp_path: Path) -> None:
@@ -39,8 +44,11 @@ class ReadAttribute:
 
 
 def test_code_is_refused(tmp_path: Path) -> None:
-    for payload in (Attack(tmp_path / 'pwned'), ReadAttribute()):
+    unknown = argparse.Namespace(x=1)  # harmless, but no weights
+    for payload in (Attack(tmp_path / 'pwned'), ReadAttribute(), unknown):
         torch.save(dict(x=payload), tmp_path / 'bad.pth')
         with pytest.raises(UnpicklingError):
             read_checkpoint(tmp_path / 'bad.pth')
+        with pytest.raises(CheckpointError, match='more than weights'):
+            load_from_local(str(tmp_path / 'bad.pth'))
     assert not (tmp_path / 'pwned').exists()

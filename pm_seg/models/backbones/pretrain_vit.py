@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 import torch.utils.checkpoint as cp
 from mmengine.logging import print_log
+from mmengine.utils import to_2tuple
 from mmpretrain.models.backbones import (
     DistilledVisionTransformer,
     VisionTransformer,
@@ -19,7 +20,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from ...core.structure import Grid
-from ..compressible import CompressibleMixin
+from ..compressible import CompressibleMixin, check_patches
 from ..layers import fused_attention
 
 _OUTPUT_NORMS = ('ln1.', 'ln2.')
@@ -140,6 +141,7 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         settings = self._arch_settings(arch)
         depth = settings['num_layers']
         norm_cfg = norm_cfg or dict(type='LN', eps=1e-6)
+        check_patches(to_2tuple(img_size), to_2tuple(patch_size))
         # The base class builds everything but the layers.
         super().__init__(
             arch={**settings, 'num_layers': 0},
@@ -225,6 +227,9 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         return [] if self.cls_token is None else [self.cls_token]
 
     def _all_tokens(self, images: Tensor) -> tuple[Tensor, Grid]:
+        check_patches(
+            images.shape[2:], self.patch_embed.projection.kernel_size
+        )
         x, (height, width) = self.patch_embed(images)
         prefix = [t.expand(len(x), -1, -1) for t in self.prefix_tokens()]
         x = torch.cat([*prefix, x], dim=1)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.logging import print_log
+from mmengine.utils import to_2tuple
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from torch import Tensor
 
 from ...core.structure import Grid
-from ..compressible import CompressibleMixin
+from ..compressible import CompressibleMixin, check_patches
 from ..layers import append_layers
 
 _PATCH_BIAS = 'patch_embed.projection.bias'
@@ -83,6 +84,7 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
             img_size = tuple(img_size)
         if out_indices == -1:
             out_indices = num_layers - 1
+        check_patches(to_2tuple(img_size), to_2tuple(patch_size))
         # The base class builds everything but the layers.
         super().__init__(
             img_size=img_size,

@@ -1,0 +1,164 @@
+"""What a run does when something goes wrong: clear stops, nothing lost."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.checkpoints import latest_intact_checkpoint
+
+#: What torch says when a process of a data loader died.
+_DEAD_WORKER = re.compile(
+    r'DataLoader worker .*(exited unexpectedly|killed by signal)'
+)
+
+
+class RunStoppedError(RuntimeError):
+    """A run that ended early, on purpose: why, and how to go on.
+
+    Args:
+        message (str): The reason.
+        code (int): Exit status of the tool. Defaults to 1.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def how_to_go_on(work_dir: str | Path, finite: bool = False) -> str:
+    """Name the checkpoint that ``--resume`` would go on from.
+
+    Args:
+        work_dir (str | Path): Of the run.
+        finite (bool): Whether to pass over checkpoints with NaN or inf in
+            their weights. Defaults to False.
+    """
+    found = latest_intact_checkpoint(work_dir, finite)
+    if found is None:
+        good = ' good' if finite else ''
+        return f'There is no{good} checkpoint in {work_dir} yet: start anew'
+    return f'Last good checkpoint: {found}'
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether a process of a data loader died, not its code."""
+    return isinstance(error, RuntimeError) and bool(
+        _DEAD_WORKER.search(str(error))
+    )
+
+
+def require_images(dataset: object) -> None:
+    """Raise ``ValueError`` if a dataset is empty.
+
+    mmengine's infinite samplers would look for a first image forever.
+    """
+    if not hasattr(dataset, '__len__') or len(dataset):
+        return
+    prefix = getattr(dataset, 'data_prefix', None)
+    where = prefix if isinstance(prefix, Mapping) else {'': prefix}
+    folders = ', '.join(str(path) for path in where.values() if path)
+    suffix = getattr(dataset, 'img_suffix', None)
+    expected = f'files ending in {suffix}' if suffix else 'images'
+    raise ValueError(
+        f'{type(dataset).__name__} is empty: no {expected} in '
+        f'{folders or getattr(dataset, "data_root", None)}; check data_root, '
+        'data_prefix, img_suffix and ann_file of the config'
+    )
+
+
+def _label_range(model: nn.Module) -> tuple[int, int | None]:
+    """Number of classes, and the label that is ignored."""
+    while hasattr(model, 'module'):  # distributed, test-time augmentation
+        model = model.module
+    head = getattr(model, 'decode_head', None) or getattr(model, 'head', None)
+    if isinstance(head, nn.ModuleList):
+        head = head[-1]
+    classes = getattr(head, 'num_classes', None)
+    return classes or 0, getattr(head, 'ignore_index', None)
+
+
+def _samples(node: object) -> Iterator[object]:
+    """Data samples of a batch, those inside lists (augmented) included."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _samples(item)
+    elif node is not None:
+        yield node
+
+
+def check_labels(model: nn.Module, batch: object) -> None:
+    """Raise ``ValueError`` if a label is none of the model's classes.
+
+    On a GPU such a label ends the process without naming it, and mmseg's
+    IoU leaves its pixels out.
+
+    Args:
+        model (nn.Module): Segmentor or classifier, wrapped or not.
+        batch (dict): Of a data loader, before the data preprocessor.
+    """
+    if not isinstance(batch, Mapping):
+        return
+    classes, ignored = _label_range(model)
+    if classes < 2:
+        return
+    for sample in _samples(batch.get('data_samples')):
+        label = _labels(sample)
+        if label is None or label.is_floating_point() or not label.numel():
+            continue
+        wrong = (label >= classes) | (label < 0)
+        if ignored is not None:
+            wrong &= label != ignored
+        if wrong.any():
+            raise ValueError(_wrong_label(sample, label[wrong], classes,
+                                          ignored))  # fmt: skip
+
+
+def _labels(sample: object) -> Tensor | None:
+    if 'gt_sem_seg' in sample:
+        return sample.gt_sem_seg.data
+    label = getattr(sample, 'gt_label', None)
+    return label if isinstance(label, Tensor) else None
+
+
+def _wrong_label(
+    sample: object, wrong: Tensor, classes: int, ignored: int | None
+) -> str:
+    found = ', '.join(map(str, torch.unique(wrong).tolist()[:8]))
+    file = getattr(sample, 'seg_map_path', None)
+    file = file or getattr(sample, 'img_path', None) or 'an image'
+    also = '' if ignored is None else f' or {ignored} (ignored)'
+    return (
+        f'{file} has label {found}, expected 0..{classes - 1}{also}: the '
+        f'model has {classes} classes. Check num_classes, reduce_zero_label '
+        'and the annotation'
+    )
+
+
+def explain(
+    error: BaseException, work_dir: str | Path
+) -> RunStoppedError | None:
+    """The stop that an error of a run means, None for one of its own kind.
+
+    For errors without a better message, says on stderr how to go on.
+    """
+    if isinstance(error, RunStoppedError):
+        return error
+    advice = how_to_go_on(work_dir)
+    if isinstance(error, KeyboardInterrupt):
+        return RunStoppedError(f'Stopped at once. {advice}', 130)
+    if is_dead_worker(error):
+        reason = str(error).split('\n')[0].rstrip('. ')
+        return RunStoppedError(
+            f'{reason}. A process that loads images died, mostly because '
+            'memory or /dev/shm is full: lower num_workers or batch_size of '
+            f'the data loader. {advice}'
+        )
+    if latest_intact_checkpoint(work_dir):
+        print(f'The run stopped on an error. {advice}', file=sys.stderr)
+    return None

@@ -1,0 +1,99 @@
+"""Stops a run before bad data or a bad loss spoil it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from mmengine.hooks import Hook
+from mmengine.optim import AmpOptimWrapper
+from mmengine.runner import Runner
+
+from ...registry import register
+from ..faults import (
+    RunStoppedError,
+    check_labels,
+    how_to_go_on,
+    require_images,
+)
+
+
+@register('HOOKS')
+class RunGuardHook(Hook):
+    """Looks at the data and the loss of every iteration.
+
+    - A dataset without images, and a label that is no class of the model,
+      stop training with a ``ValueError``; in tests such a label is a warning,
+      because stock metrics accept it.
+    - A loss of NaN or inf raises ``RunStoppedError`` before a checkpoint with
+      such weights is saved, naming the last good one.
+
+    ``tools/train.py`` and ``tools/test.py`` add it to every run.
+
+    Args:
+        patience (int): Iterations in a row with a loss of NaN or inf to go on
+            for in mixed precision, whose loss scaling skips them. Defaults to
+            10.
+
+    Example:
+        >>> custom_hooks = [dict(type='RunGuardHook')]
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience = patience
+        self._bad = 0
+        self._warned = False
+
+    def before_train(self, runner: Runner) -> None:
+        require_images(runner.train_dataloader.dataset)
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None
+    ) -> None:
+        check_labels(runner.model, data_batch)
+
+    def before_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None
+    ) -> None:
+        self._check_without_stop(runner, data_batch)
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        require_images(runner.test_dataloader.dataset)
+
+    def before_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None
+    ) -> None:
+        self._check_without_stop(runner, data_batch)
+
+    def _check_without_stop(self, runner: Runner, data_batch) -> None:
+        if self._warned:
+            return
+        try:
+            check_labels(runner.model, data_batch)
+        except ValueError as error:
+            self._warned = True
+            warnings.warn(f'{error}. Metrics leave it out', stacklevel=2)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        loss = outputs.get('loss') if isinstance(outputs, dict) else None
+        if loss is None:
+            return
+        loss = float(loss.detach())
+        if math.isfinite(loss):
+            self._bad = 0
+            return
+        self._bad += 1
+        mixed = isinstance(runner.optim_wrapper, AmpOptimWrapper)
+        if self._bad <= (self.patience if mixed else 0):
+            return
+        raise RunStoppedError(
+            f'The loss is {loss} at iteration {runner.iter + 1}, '
+            'expected a finite number. Nothing of this iteration was saved. '
+            'Lower the learning rate, add clip_grad to optim_wrapper, or '
+            'train without --amp. '
+            + how_to_go_on(runner.work_dir, finite=True)
+        )

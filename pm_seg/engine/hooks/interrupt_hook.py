@@ -1,0 +1,165 @@
+"""Saves before a run ends on Ctrl-C or at the wish of a scheduler."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.runner import EpochBasedTrainLoop, Runner
+
+from ...registry import register
+from ..faults import RunStoppedError, how_to_go_on
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@register('HOOKS')
+class InterruptHook(Hook):
+    """Turns SIGINT and SIGTERM into a checkpoint and a clear end.
+
+    The iteration under way is finished and saved, also during a validation,
+    and ``RunStoppedError`` is raised. A second signal, or one before the first
+    iteration, stops at once. Runs by epochs cannot go on inside one: theirs
+    end without saving and name the checkpoint of the last whole epoch.
+
+    ``tools/train.py`` adds it to every run.
+
+    Args:
+        interval (int): In distributed runs, iterations after which processes
+            agree on whether one of them was told to stop. Defaults to 10.
+
+    Example:
+        >>> custom_hooks = [dict(type='InterruptHook')]
+    """
+
+    priority = 'LOWEST'  # after the checkpoint of the same iteration
+
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+        self.requested: int | None = None
+        self._done: int | None = None  # iterations, once training has begun
+        self._inside = False
+        self._previous: dict[int, object] = {}
+
+    # -------------------------------------------------------------- signals
+
+    def before_run(self, runner: Runner) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets no other thread handle signals
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def after_run(self, runner: Runner) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Put the signal handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None or self._done is None:
+            self.release()
+            raise KeyboardInterrupt
+        self.requested = number
+        if hasattr(signal, 'SIGCHLD'):
+            # The same signal ends the processes that load images; torch
+            # would raise an error for that in the middle of the iteration.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        text = f'{name}: saving after this iteration. Again: stop at once.\n'
+        os.write(2, text.encode())  # print could be inside itself here
+
+    # ------------------------------------------------------------- training
+
+    def before_train(self, runner: Runner) -> None:
+        self._done = runner.iter
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None
+    ) -> None:
+        self._inside = True
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        self._inside = False
+        self._done = runner.iter + 1
+        if self._agreed(batch_idx):
+            self.stop(runner)
+
+    def after_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        if self._done is None or not self._agreed(batch_idx):
+            return
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):  # it swapped its weights in
+                hook.after_val_epoch(runner)
+        self.stop(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        self._done = None
+
+    def _agreed(self, batch_idx: int) -> bool:
+        """Whether to stop now; the same in all processes."""
+        if get_world_size() == 1:
+            return self.requested is not None
+        if (batch_idx + 1) % self.interval:
+            return False
+        votes = torch.tensor(int(self.requested or 0))
+        all_reduce(votes, 'max')
+        self.requested = int(votes) or None
+        return self.requested is not None
+
+    @property
+    def between_iterations(self) -> bool:
+        """Whether a stop is wished for and the weights are whole."""
+        return self.requested is not None and not self._inside
+
+    def stop(self, runner: Runner) -> None:
+        """Save, unless this iteration is saved already, and raise.
+
+        Raises:
+            RunStoppedError: Always.
+        """
+        self.release()
+        name = signal.Signals(self.requested).name
+        done, code = self._done, 128 + self.requested
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            advice = how_to_go_on(runner.work_dir)
+            raise RunStoppedError(
+                f'{name}: stopped after iteration {done}, inside an epoch. '
+                f'{advice}',
+                code,
+            )
+        self._save(runner, done)
+        raise RunStoppedError(
+            f'{name}: stopped and saved after iteration {done}. '
+            f'{how_to_go_on(runner.work_dir)}',
+            code,
+        )
+
+    @staticmethod
+    def _save(runner: Runner, done: int) -> None:
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook):
+                kept = getattr(hook, 'keep_ckpt_ids', ())
+                last = hook.last_ckpt or ''
+                if done in kept or last.endswith(f'iter_{done}.pth'):
+                    return
+                meta = dict(epoch=runner.epoch, iter=done)
+                hook._save_checkpoint_with_step(runner, done, meta)
+                return
+        runner.save_checkpoint(
+            runner.work_dir,
+            f'iter_{done}.pth',
+            meta=dict(epoch=runner.epoch, iter=done),
+            by_epoch=False,
+        )

@@ -1,0 +1,86 @@
+"""One training run in a work directory at a time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None
+
+LOCK_NAME = '.lock'
+
+
+class WorkDirInUseError(RuntimeError):
+    """Another live process trains in the work directory."""
+
+
+@contextmanager
+def work_dir_lock(folder: str | Path) -> Iterator[None]:
+    """Hold the lock of a work directory inside the block.
+
+    The lock is the system's (``fcntl.lockf``) on the file ``.lock``, which
+    says whose it is. It ends with its process, however that ends, so there
+    is nothing to clean up after a crash. File systems and platforms without
+    locks do without.
+
+    Args:
+        folder (str | Path): Created if needed.
+
+    Raises:
+        WorkDirInUseError: If a live process holds it; names that process.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    with open(folder / LOCK_NAME, 'a+') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise WorkDirInUseError(_in_use(folder, _owner(file))) from None
+        except OSError as error:
+            print(
+                f'{folder} is on a file system without locks ({error}): '
+                'see to it yourself that no other run uses it',
+                file=sys.stderr,
+            )
+        else:
+            left = _owner(file)
+            if left:
+                print(
+                    f'Taking over {folder} from {left}, which ended before '
+                    'its run did',
+                    file=sys.stderr,
+                )
+        file.truncate(0)
+        since = time.strftime('%Y-%m-%d %H:%M:%S')
+        host = socket.gethostname()
+        file.write(f'process {os.getpid()} on {host}, since {since}')
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _owner(file) -> str:
+    file.seek(0)
+    return file.read().strip()
+
+
+def _in_use(folder: Path, owner: str) -> str:
+    return (
+        f'{folder} is in use by {owner or "another process"}. Two runs in one '
+        "work directory would overwrite and delete each other's checkpoints: "
+        'wait for that one, stop it (kill -INT saves a checkpoint first), or '
+        'give this one a folder of its own with --work-dir'
+    )
