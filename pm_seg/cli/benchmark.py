@@ -43,6 +43,7 @@ from .export_onnx import Predictor, check_exporter, export
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 MODES = ('eager', 'compiled', 'cudagraph', 'onnx')
 DENSE = 'dense'
+STATIC = 'ours, static'
 
 #: Compression dicts of the methods that are compared, beside the config's.
 METHODS: dict[str, dict] = {
@@ -94,10 +95,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         '--methods',
         nargs='+',
-        choices=['ours', *METHODS],
-        default=['ours', *METHODS],
+        choices=['ours', STATIC, *METHODS],
+        default=['ours', STATIC, *METHODS],
         metavar='METHOD',
-        help=f'of {", ".join(["ours", *METHODS])} (default all)',
+        help=f'of {", ".join(["ours", repr(STATIC), *METHODS])} (default all)',
     )
     group = parser.add_argument_group('settings; each combination is a table')
     group.add_argument(
@@ -193,7 +194,8 @@ def build_models(
         cfg (Config): With compression in the backbone.
         size (tuple[int, int]): Image size.
         share (float): Of the dense model's GMACs.
-        methods (list[str]): 'ours' and keys of ``METHODS``.
+        methods (list[str]): 'ours', the same with static groups, and keys of
+            ``METHODS``.
         state (dict, optional): State dict of a compressed checkpoint, whose
             structure 'ours' then has.
     """
@@ -219,12 +221,17 @@ def build_models(
     models = {DENSE: dense}
     for method in methods:
         model_cfg = _with_size(cfg, size)
-        if method == 'ours' and state is None:
+        own_form = method in ('ours', STATIC)
+        if own_form and (method == STATIC or state is None):
             depth = len(dense.backbone.layers)
             model_cfg.backbone.compression.update(
                 layers=list(range(depth // 3, depth)), budget='layer'
             )
-        elif method != 'ours':
+        if method == STATIC:
+            for module in (model_cfg.backbone, model_cfg.get('decode_head')):
+                if module and module.get('compression'):
+                    module.compression.adapt = 0
+        elif not own_form:
             model_cfg.backbone.compression = METHODS[method]
             if model_cfg.get('decode_head'):
                 model_cfg.decode_head.compression = None

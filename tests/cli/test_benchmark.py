@@ -29,7 +29,7 @@ def run(tmp_path: Path, *options: str) -> list[dict]:
 @needs_exporter
 def test_all_methods_at_the_same_share(tmp_path: Path, capsys) -> None:
     rows = run(tmp_path, '--modes', 'eager', 'onnx', '--batch-size', '1', '2')
-    assert len(rows) == 5 * 2 * 2
+    assert len(rows) == 6 * 2 * 2
     for row in rows:
         dense = row['method'] == 'dense'
         share = row['gmacs'] / rows[0]['gmacs']
