@@ -72,6 +72,8 @@ def test_what_runs_it_is_there(command: str) -> None:
         return
     assert 'make test\n' in (ROOT / '.ci/run').read_text()
     recipes = (ROOT / 'Makefile').read_text().replace('\\\n', ' ')
+    torch = re.search(r'^TORCH \?= (.*)$', recipes, re.M)[1]
+    recipes = recipes.replace('$(TORCH)', torch)
     if command.startswith('pip'):
         wanted = command.removeprefix('pip install ')
         lines = re.findall(r'pip install --progress-bar off (.*)', recipes)

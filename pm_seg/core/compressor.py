@@ -53,6 +53,9 @@ class _Layout:
         num_groups (tuple[int, ...]): K of each layer.
         any_pruned (tuple[bool, ...]): Whether a layer has pruned tokens.
         merge, restore (Tensor): Initial weights, (depth, N).
+        size (Tensor, optional): Of each token's group, (depth, P+N). For
+            groups that follow the image, whose own size is divided by when
+            they merge.
         candidates (tuple[Tensor, ...]): Groups that each token of a layer
             can go to, (N, 9); none for static groups.
     """
@@ -63,6 +66,7 @@ class _Layout:
     any_pruned: tuple[bool, ...]
     merge: Tensor
     restore: Tensor
+    size: Tensor | None
     candidates: tuple[Tensor, ...]
 
 
@@ -663,6 +667,8 @@ class TokenCompressor(Compressor):
         if self.matrices == 'sparse':
             layout = self._layout(grid)
             merge, restore = self._all_weights(layout, *self._weights(grid))
+            if layout.size is not None:
+                merge = merge * layout.size
         patches = grid[0] * grid[1]
         stages, layer = [], 0
         while layer < self.depth:
@@ -864,13 +870,10 @@ class TokenCompressor(Compressor):
         grid: Grid,
         device: torch.device,
     ) -> _Layout:
-        if self.adapt:  # a mean over groups of any size
-            weights = [(torch.ones_like(row),) * 2 for row in scores]
-        else:
-            weights = [
-                group_weights(row, members, self.weights)
-                for row, members in zip(scores, group)
-            ]
+        weights = [
+            group_weights(row, members, self.weights)
+            for row, members in zip(scores, group)
+        ]
         live = F.pad(group != PRUNED, (self.num_prefix, 0), value=True)
         segments = [make_segments(row, self.num_prefix) for row in group]
         candidates = [
@@ -889,6 +892,7 @@ class TokenCompressor(Compressor):
             any_pruned=tuple((~live).any(1).tolist()),
             merge=torch.stack([m for m, _ in weights]).to(device),
             restore=torch.stack([r for _, r in weights]).to(device),
+            size=_sizes(segments).to(device) if self.adapt else None,
             candidates=tuple(part.to(device) for part in candidates),
         )
 
@@ -898,6 +902,12 @@ class TokenCompressor(Compressor):
             f'layers={list(self.layers)}, builder={self.builder!r}, '
             f'restore={self.mode!r}, matrices={self.matrices!r}'
         )
+
+
+def _sizes(segments: Sequence[Segments]) -> Tensor:
+    """Members of each token's group in each layer, (depth, P+N)."""
+    rows = [part.slot.bincount()[part.slot] for part in segments]
+    return torch.stack(rows).float()
 
 
 def _resize(rows: Tensor, old: Grid, new: Grid) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pm_seg.core import TokenCompressor
+from pm_seg.core.token_map import ImageMap
 
 GRID = (4, 6)
 
@@ -389,6 +390,31 @@ def test_adaptive_weights_are_trained() -> None:
     assert (module.restore_weight.grad != 0).any()
     assert (module.merge_weight.grad != 0).any()
     assert torch.isfinite(x.grad).all()
+
+
+def test_static_and_adaptive_groups_share_checkpoints() -> None:
+    """Groups that do not move are the static ones, on any grid."""
+    static, moving = adaptive(adapt=0), adaptive(scores=False, adapt=2)
+    with torch.no_grad():
+        static.merge_weight *= 1 + 0.1 * torch.rand(3, 24)
+        static.restore_weight += 0.1 * torch.rand(3, 24)
+    moving.load_state_dict(static.state_dict())
+    for grid in (GRID, (6, 8)):
+        for a, b in zip(static.token_maps(grid), moving.token_maps(grid)):
+            slot = a.slot.clone()
+            x = torch.randn(2, len(slot), 4)
+            unmoved = ImageMap(
+                slot.expand(2, -1),
+                b.num_slots,
+                b.merge_weight,
+                b.restore_weight,
+                a.detail,
+            )
+            z = a.merge(x)
+            torch.testing.assert_close(unmoved.merge(x), z)
+            torch.testing.assert_close(
+                unmoved.restore(x, z, z.sin()), a.restore(x, z, z.sin())
+            )
 
 
 def test_adaptive_groups_need_a_form_they_fit() -> None:
