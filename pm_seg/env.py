@@ -12,28 +12,16 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
 from contextlib import redirect_stdout
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
 
+from pm_seg.stacks import DISTRIBUTIONS, installed_stacks
+from pm_seg.version import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 
-#: Import names, and the distributions that bring them: those of the
-#: maintained forks, and the original ones.
-FORKS = {
-    'mmcv': ('onedl-mmcv',),
-    'mmengine': ('onedl-mmengine',),
-    'mmseg': ('onedl-mmsegmentation',),
-    'mmpretrain': ('onedl-mmpretrain',),
-}
-ORIGINALS = {
-    'mmcv': ('mmcv', 'mmcv-full', 'mmcv-lite'),
-    'mmengine': ('mmengine', 'mmengine-lite'),
-    'mmseg': ('mmsegmentation',),
-    'mmpretrain': ('mmpretrain', 'mmcls'),
-}
 PACKAGES = ('torchvision', 'numpy', 'opencv-python', 'timm')
 ONNX = ('onnx', 'onnxruntime', 'onnxscript')
 
@@ -44,42 +32,6 @@ def version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def installed(names: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """Those of the distributions that are installed, with versions."""
-    found = ((n, version(n)) for group in names.values() for n in group)
-    return {name: number for name, number in found if number}
-
-
-def stack(forks: Iterable[str], originals: Iterable[str]) -> tuple[str, str]:
-    """Which OpenMMLab stack this is, and what to do if it is mixed.
-
-    Args:
-        forks (Iterable[str]): Installed distributions of the forks.
-        originals (Iterable[str]): Those of the original packages.
-
-    Returns:
-        tuple[str, str]: A line, and the remedy or ''.
-    """
-    forks, originals = list(forks), list(originals)
-    if not forks and not originals:
-        return 'not installed', (
-            'Only pm_seg.core works. For the rest: pip install -r '
-            'requirements/mminstall.txt'
-        )
-    if forks and originals:
-        return f'MIXED: {", ".join([*forks, *originals])}', (
-            'Both stacks own the import names mmcv, mmengine, mmseg and '
-            'mmpretrain,\nand files of one overwrite files of the other. '
-            'Remove both, install one:\n'
-            f'  pip uninstall -y {" ".join([*forks, *originals])}\n'
-            '  pip install -r requirements/mminstall.txt'
-        )
-    wanted = len(FORKS)
-    kind = 'onedl-* (the maintained forks)' if forks else 'original OpenMMLab'
-    missing = wanted - len({*forks, *originals})
-    return kind if missing <= 0 else f'{kind}, not all packages', ''
 
 
 def imports(name: str) -> str:
@@ -183,8 +135,6 @@ def _torch() -> list[tuple[str, str]]:
 
 def report() -> str:
     """The report, a line for each item."""
-    from pm_seg.version import __version__
-
     ours = [__version__, commit(), f'in {ROOT}']
     rows = [
         ('pm_seg', ', '.join(text for text in ours if text)),
@@ -194,16 +144,10 @@ def report() -> str:
         *_torch(),
     ]
     rows += [(name, version(name) or 'not installed') for name in PACKAGES]
-    forks, originals = installed(FORKS), installed(ORIGINALS)
-    kind, remedy = stack(forks, originals)
-    rows.append(('OpenMMLab stack', kind))
-    for name in FORKS:
-        both = {
-            distribution: number
-            for table, found in ((FORKS, forks), (ORIGINALS, originals))
-            for distribution, number in found.items()
-            if distribution in table[name]
-        }
+    stacks = installed_stacks()
+    rows.append(('OpenMMLab stack', stacks.kind))
+    for name in DISTRIBUTIONS:
+        both = {**stacks.forks[name], **stacks.originals[name]}
         text = ', '.join(f'{number} ({d})' for d, number in both.items())
         if both:
             problem = imports(name)
@@ -218,16 +162,21 @@ def report() -> str:
     rows.append(('ONNX', ', '.join(found) or 'not installed'))
     width = max(len(name) for name, _ in rows)
     lines = [f'{name:<{width}}  {text}' for name, text in rows]
-    if remedy:
-        title = 'MIXED STACK' if kind.startswith('MIXED') else 'Note'
-        lines += ['', f'{title}: {remedy}']
+    if stacks.problem():
+        lines += ['', f'MIXED STACK: {stacks.problem()}']
+    elif not any(stacks.forks.values()) and not any(stacks.originals.values()):
+        lines += [
+            '',
+            'Note: only pm_seg.core works. For the rest: pip install -r '
+            'requirements/mminstall.txt',
+        ]
     return '\n'.join(lines)
 
 
 def main() -> int:
     """Print the report; 1 if the stack is mixed."""
     print(report())
-    return int(stack(installed(FORKS), installed(ORIGINALS))[0][:5] == 'MIXED')
+    return int(installed_stacks().problem() is not None)
 
 
 if __name__ == '__main__':

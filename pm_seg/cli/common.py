@@ -23,6 +23,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
+from ..stacks import installed_stacks
 from ..utils.checkpoints import (
     CheckpointError,
     latest_intact_checkpoint,
@@ -30,7 +31,6 @@ from ..utils.checkpoints import (
     trusted,
 )
 from ..utils.quiet import is_for_people, quiet_warnings
-from ..utils.stacks import installed_stacks
 from .parser import command, make_parser, wrong_usage
 
 __all__ = [

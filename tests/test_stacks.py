@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 
-from pm_seg.utils.stacks import installed_stacks
+from pm_seg.stacks import installed_stacks
 
 FORKS = {
     'onedl-mmcv': '2.3.6',
@@ -37,6 +37,18 @@ def test_one_stack_is_fine(install, stack: dict[str, str]) -> None:
     stacks = installed_stacks()
     assert not stacks.mixed and not stacks.conflicts
     assert stacks.problem() is None
+
+
+def test_which_stack(install) -> None:
+    install({})
+    assert installed_stacks().kind == 'not installed'
+    install(FORKS)
+    partly = 'onedl-* (the maintained forks), not all packages'
+    assert installed_stacks().kind == partly
+    install(ORIGINALS, {'mmpretrain': '1.2.0'})
+    assert installed_stacks().kind == 'original OpenMMLab'
+    install(FORKS, {'mmcv': '2.1.0'})
+    assert installed_stacks().kind.startswith('MIXED: onedl-mmcv, ')
 
 
 def test_both_own_the_same_files(install) -> None:

@@ -12,7 +12,7 @@ DISTRIBUTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     'mmcv': (('onedl-mmcv',), ('mmcv', 'mmcv-lite', 'mmcv-full')),
     'mmengine': (('onedl-mmengine',), ('mmengine', 'mmengine-lite')),
     'mmseg': (('onedl-mmsegmentation',), ('mmsegmentation',)),
-    'mmpretrain': (('onedl-mmpretrain',), ('mmpretrain',)),
+    'mmpretrain': (('onedl-mmpretrain',), ('mmpretrain', 'mmcls')),
 }
 
 
@@ -42,22 +42,36 @@ class Stacks:
         """Whether packages of both stacks are there."""
         return any(self.forks.values()) and any(self.originals.values())
 
+    @property
+    def kind(self) -> str:
+        """Which stack this is, in a few words."""
+        present = [
+            name
+            for name in DISTRIBUTIONS
+            if self.forks[name] or self.originals[name]
+        ]
+        if not present:
+            return 'not installed'
+        if self.problem():
+            return f'MIXED: {", ".join(self._versions)}'
+        forks = any(self.forks.values())
+        kind = (
+            'onedl-* (the maintained forks)' if forks else 'original OpenMMLab'
+        )
+        whole = len(present) == len(DISTRIBUTIONS)
+        return kind if whole else f'{kind}, not all packages'
+
+    @property
+    def _versions(self) -> dict[str, str]:
+        """Version of every distribution that is installed."""
+        groups = (*self.forks.values(), *self.originals.values())
+        return {name: v for found in groups for name, v in found.items()}
+
     def problem(self) -> str | None:
         """What is wrong and how to mend it, None if nothing is."""
         if not self.mixed and not self.conflicts:
             return None
-        installed = [
-            f'{found}=={version}'
-            for group in (self.forks, self.originals)
-            for packages in group.values()
-            for found, version in packages.items()
-        ]
-        original = [
-            found for packages in self.originals.values() for found in packages
-        ]
-        forks = [
-            found for packages in self.forks.values() for found in packages
-        ]
+        installed = [f'{name}=={v}' for name, v in self._versions.items()]
         what = (
             f'{" and ".join(next(iter(self.conflicts.values())))} own the '
             f'same files, those of {next(iter(self.conflicts))}'
@@ -65,7 +79,7 @@ class Stacks:
             else 'the onedl-* forks and the original OpenMMLab packages are '
             'mixed'
         )
-        names = ' '.join(sorted(original + forks))
+        names = ' '.join(sorted(self._versions))
         return (
             f'{what}; expected one stack alone, found '
             f'{", ".join(installed)}. Remove all of them and install one: '
