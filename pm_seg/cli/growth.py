@@ -27,7 +27,7 @@ from rich.table import Table
 from ..core import ScoreRecorder, TokenCompressor
 from ..models import PMSegmenterMaskTransformerHead, PMVisionTransformer
 from ..version import __version__
-from .common import quiet_warnings
+from .common import command, make_parser, quiet_warnings
 
 PATCH = 16
 SIZES = (256, 512, 1024, 1536, 2048)
@@ -42,21 +42,36 @@ FIT_FROM = 512
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='growth.py',
-        description='Measure on one CPU thread how time and memory of '
-        'scoring, structure search, maps for a new grid and inference grow '
-        'with image size, depth and batch, and fit an exponent to each. '
-        'Linux only: every figure comes from a process of its own, whose '
-        'peak memory the kernel tells.',
-        epilog='Example: python tools/growth.py --out growth.json --plot '
-        'growth.png; python tools/growth.py --leak 2000 --plot leak.png',
+    parser = make_parser(
+        'growth.py',
+        'Measure on one CPU thread how time and memory of scoring, structure '
+        'search, maps for a new grid and inference grow with image size, '
+        'depth and batch, and fit an exponent to each. Linux only: every '
+        'figure comes from a process of its own, whose peak memory the '
+        'kernel tells.',
+        ('all of it', '--out growth.json --plot growth.png'),
+        ('whether memory stays', '--leak 2000 --plot leak.png'),
     )
-    parser.add_argument('--sizes', type=int, nargs='+', default=SIZES)
-    parser.add_argument('--depths', type=int, nargs='+', default=DEPTHS)
-    parser.add_argument('--batches', type=int, nargs='+', default=BATCHES)
+    for what, values in (
+        ('sizes', SIZES),
+        ('depths', DEPTHS),
+        ('batches', BATCHES),
+    ):
+        parser.add_argument(
+            f'--{what}',
+            type=int,
+            nargs='+',
+            default=values,
+            metavar='N',
+            help=f'defaults to {" ".join(map(str, values))}',
+        )
     parser.add_argument(
-        '--only', nargs='+', choices=list(QUANTITIES), default=None
+        '--only',
+        nargs='+',
+        choices=list(QUANTITIES),
+        default=None,
+        metavar='QUANTITY',
+        help=f'of {", ".join(QUANTITIES)}; all unless given',
     )
     parser.add_argument(
         '--leak',
@@ -454,6 +469,7 @@ def plot_leak(result: dict, path: Path) -> None:
     _save(figure, path)
 
 
+@command()
 def main(argv: list[str] | None = None) -> list[dict] | dict:
     """Entry point of ``tools/growth.py``; returns what ``--out`` holds."""
     args = parse_args(argv)

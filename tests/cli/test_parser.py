@@ -12,7 +12,11 @@ from helpers import ROOT
 from pm_seg.cli.parser import command, make_parser, wrong_usage
 from pm_seg.core import TokenCompressor
 
-TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('*.py'))
+#: Scripts for those who work on the package.
+INTERNAL = {'make_api_docs', 'mutation_check'}
+TOOLS = sorted(
+    {path.stem for path in (ROOT / 'tools').glob('*.py')} - INTERNAL
+)
 
 
 def help_of(tool: str, capsys, monkeypatch) -> str:
