@@ -860,7 +860,8 @@ class TokenCompressor(Compressor):
         layout = self._make_layout(group, scores, grid, device)
         self._layouts[grid, str(device)] = layout
         while len(self._layouts) > self.max_cached_layouts:
-            self._layouts.popitem(last=False)
+            others = (key for key in self._layouts if key[0] != self.grid)
+            del self._layouts[next(others)]
         return layout
 
     def _make_layout(

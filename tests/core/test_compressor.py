@@ -108,11 +108,13 @@ def test_weights_can_be_frozen() -> None:
 
 def test_same_grid_and_wider_grid_are_derived_once() -> None:
     module = compressor()
+    native = module._layout(GRID)
     first = module.token_maps((6, 4))[0].slot
     assert module.token_maps((6, 4))[0].slot.data_ptr() == first.data_ptr()
     for width in range(1, 40):
         module.token_maps((2, width))
     assert len(module._layouts) <= module.max_cached_layouts
+    assert module._layout(GRID) is native
 
 
 def test_groups_without_scores_fit_their_own_grid_only() -> None:
