@@ -29,12 +29,14 @@ HEAD_DENSE = 'model.decode_head.compression=None'
 SHARES = (0.7, 0.5, 0.35)
 
 #: The paper's Segmenter: blocks 1..11, row windows, 'replace', one threshold
-#: in each block.
+#: in each block, scores from augmented training crops. (From whole images it
+#: keeps 13 instead of 49 mIoU at 70 %, without training.)
 PAPER = [
     f'{BACKBONE}.builder=row_window',
     f'{BACKBONE}.restore=replace',
     f'{BACKBONE}.budget=layer',
     f'{BACKBONE}.layers={list(range(1, 12))}',
+    'calib_pipeline=None',
 ]
 METHODS: dict[str, list[str]] = {
     'paper': PAPER,
