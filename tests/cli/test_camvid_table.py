@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from rich.console import Console
 
@@ -31,6 +32,7 @@ def test_options_fit_the_configs(row: str) -> None:
         assert len(cfg.custom_hooks[0].target) == 1
     if row.startswith('paper'):
         assert cfg.model.backbone.compression.restore == 'replace'
+    init_default_scope('mmseg')
     MODELS.build(cfg.model)
 
 
