@@ -721,7 +721,9 @@ def disk_full_training(ws: Workspace) -> None:
 
 @case(
     'a process that loads images is killed',
-    'killed by signal', 'lower num_workers', 'work/iter_1.pth',
+    # How torch goes on, "killed by signal" or "exited unexpectedly",
+    # depends on which process sees it first.
+    'DataLoader worker (pid', 'lower num_workers', 'work/iter_1.pth',
     leaves=('work/iter_1.pth', *SAVED), **FAULTS,
 )  # fmt: skip
 def dead_worker(ws: Workspace) -> None:

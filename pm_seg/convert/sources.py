@@ -213,8 +213,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         check_archive(path)
         # Training scripts of this field save their arguments; a namespace is
         # a bag of attributes and its unpickling sets nothing else.
-        torch.serialization.add_safe_globals([argparse.Namespace])
-        content = read_checkpoint(path)
+        content = read_checkpoint(path, also=[argparse.Namespace])
     except UnpicklingError as error:
         code, reason = refusal(error)
         make = _refused if code else _damaged

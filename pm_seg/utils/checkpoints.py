@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -89,13 +89,17 @@ def allow_training_state() -> None:
     torch.serialization.add_safe_globals(types)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
+def read_checkpoint(
+    path: str | Path, map_location: Any = 'cpu', also: Sequence[type] = ()
+) -> Any:
     """Read a checkpoint, training state included, without running code.
 
     Args:
         path (str | Path): A file written by a training run or by
             ``tools/compress.py``.
         map_location: See :func:`torch.load`. Defaults to 'cpu'.
+        also (Sequence[type]): Further types that this file may hold.
+            Defaults to none.
 
     Raises:
         UnpicklingError: If it holds anything but data.
@@ -103,7 +107,13 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
     # Anew each time: leaving a ``safe_globals`` block, as the maintained
     # mmengine does after every load, drops what was allowed before it.
     allow_training_state()
-    return torch.load(path, map_location=map_location, weights_only=True)
+    allowed = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals(list(also))
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
 
 
 def trusted() -> bool:

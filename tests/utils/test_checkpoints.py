@@ -43,6 +43,14 @@ class ReadAttribute:
         return getattr, (torch.Tensor, 'numpy')
 
 
+def test_more_types_are_allowed_for_one_file_only(tmp_path: Path) -> None:
+    file = tmp_path / 'arguments.pth'
+    torch.save(dict(x=argparse.Namespace(y=1)), file)
+    assert read_checkpoint(file, also=[argparse.Namespace])['x'].y == 1
+    with pytest.raises(UnpicklingError):
+        read_checkpoint(file)
+
+
 def test_code_is_refused(tmp_path: Path) -> None:
     unknown = argparse.Namespace(x=1)  # harmless, but no weights
     for payload in (Attack(tmp_path / 'pwned'), ReadAttribute(), unknown):

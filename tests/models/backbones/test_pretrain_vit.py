@@ -358,12 +358,7 @@ def test_bad_arguments(options: dict, message: str) -> None:
 
 def test_groups_are_static_unless_asked_for() -> None:
     for options, expected in (({}, 0), (dict(adapt=3), 3)):
-        model = MODELS.build(
-            dict(
-                type='PMVisionTransformer',
-                arch='deit-tiny',
-                img_size=32,
-                compression=dict(keep=0.5, **options),
-            )
+        model = PMVisionTransformer(
+            **SMALL, compression=dict(keep=0.5, **options)
         )
         assert model.compressor.adapt == expected
