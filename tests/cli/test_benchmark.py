@@ -49,7 +49,8 @@ def test_training_steps_and_real_images(tmp_path: Path) -> None:
     cv2.imwrite(str(folder / 'a.png'), np.zeros((40, 50, 3), np.uint8))
     rows = run(
         tmp_path, '--train', '--methods', 'ours', '--dtype', 'bf16',
-        '--images', str(folder), '--size', '64', '96', '--batch-size', '1', '3',
+        '--images', str(folder), '--size', '64', '96',
+        '--batch-size', '1', '3',
     )  # fmt: skip
     assert [row['method'] for row in rows] == ['dense', 'ours'] * 2
     assert [row['batch_size'] for row in rows] == [1, 1, 3, 3]
