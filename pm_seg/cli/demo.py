@@ -16,6 +16,7 @@ from mmseg.models import EncoderDecoder
 from rich.console import Console
 from rich.table import Table
 
+from ..core import GroupRecorder
 from ..datasets.scenes import CLASS_IDS
 from ..utils import count_macs, median, time_interleaved
 from ..visualization import draw_groups, paint_labels, save_panels
@@ -101,20 +102,22 @@ def _draw(
     compressor = small.backbone.compressor
     counts = compressor.num_groups
     layer = counts.index(min(counts))
-    group = compressor.group[layer].view(compressor.grid).numpy()
     rows = []
     for file in sorted((root / 'images' / 'validation').iterdir())[:4]:
         image = cv2.imread(str(file))
         truth = cv2.imread(
             str(root / 'annotations' / 'validation' / f'{file.stem}.png'), 0
         )
-        predictions = [
-            inference_model(model, image).pred_sem_seg.data[0].cpu().numpy()
-            for model in (dense, small)
-        ]
+        with GroupRecorder(compressor) as recorder:
+            predictions = [
+                inference_model(model, image).pred_sem_seg.data[0].numpy()
+                for model in (dense, small)
+            ]
         rgb = image[..., ::-1]
-        square = cv2.resize(rgb, (256, 256))
-        groups = cv2.resize(draw_groups(square, group), rgb.shape[1::-1])
+        height, width = recorder.grid
+        group = recorder.groups[layer][0].view(height, width).numpy()
+        even = cv2.resize(rgb, (16 * width, 16 * height))
+        groups = cv2.resize(draw_groups(even, group), rgb.shape[1::-1])
         labels = [*predictions, label_map[truth]]
         rows.append([rgb, groups, *(paint_labels(m, palette) for m in labels)])
     titles = [
