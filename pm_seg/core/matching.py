@@ -12,6 +12,7 @@ from .structure import Grid
 WINDOW = 4  # tokens of a 2x2 window
 SKETCH = 64  # channels that tokens are compared in
 NEIGHBOURS = 9  # groups that a token can move to
+_LARGE = 2**18  # on a CPU, temporary values of 9 times that are slow
 
 
 def match(metric: Tensor, count: int) -> Tensor:
@@ -200,9 +201,19 @@ def assign(
 
 
 def _nearest(metric: Tensor, seeds: Tensor, candidates: Tensor) -> Tensor:
-    seeds = F.normalize(seeds, dim=-1).index_select(1, candidates.flatten())
-    seeds = seeds.unflatten(1, candidates.shape)
-    similarity = (seeds * metric.unsqueeze(2)).sum(-1)  # (B, N, J)
+    seeds = F.normalize(seeds, dim=-1)
+    if metric.device.type == 'cpu' and metric.numel() > _LARGE:
+        similarity = torch.stack(
+            [
+                (seeds.index_select(1, group) * metric).sum(-1)
+                for group in candidates.unbind(1)
+            ],
+            dim=-1,
+        )
+    else:
+        near = seeds.index_select(1, candidates.flatten())
+        near = near.unflatten(1, candidates.shape)
+        similarity = (near * metric.unsqueeze(2)).sum(-1)  # (B, N, J)
     choice = similarity.argmax(-1, keepdim=True)
     candidates = candidates.expand(len(metric), -1, -1)
     return candidates.gather(2, choice).squeeze(2)

@@ -46,11 +46,18 @@ def how_to_go_on(work_dir: str | Path, finite: bool = False) -> str:
     return f'Last good checkpoint: {found}'
 
 
-def is_dead_worker(error: BaseException) -> bool:
-    """Whether a process of a data loader died, not its code."""
-    return isinstance(error, RuntimeError) and bool(
-        _DEAD_WORKER.search(str(error))
-    )
+def dead_worker(error: BaseException | None) -> str | None:
+    """Torch's words if a process of a data loader died, not its code.
+
+    Torch raises them wherever the main process is, in a signal handler:
+    what was running there may have raised another error from them.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, RuntimeError) and _DEAD_WORKER.search(text):
+            return text.split('\n')[0].rstrip('. ')
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def require_images(dataset: object) -> None:
@@ -152,8 +159,8 @@ def explain(
     advice = how_to_go_on(work_dir)
     if isinstance(error, KeyboardInterrupt):
         return RunStoppedError(f'Stopped at once. {advice}', 130)
-    if is_dead_worker(error):
-        reason = str(error).split('\n')[0].rstrip('. ')
+    reason = dead_worker(error)
+    if reason:
         return RunStoppedError(
             f'{reason}. A process that loads images died, mostly because '
             'memory or /dev/shm is full: lower num_workers or batch_size of '

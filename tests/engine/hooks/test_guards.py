@@ -17,7 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pm_seg.engine import InterruptHook, RunGuardHook, WholeCheckpointHook
-from pm_seg.engine.faults import RunStoppedError, check_labels, explain
+from pm_seg.engine.faults import (
+    RunStoppedError,
+    check_labels,
+    dead_worker,
+    explain,
+)
 from pm_seg.utils.checkpoints import (
     latest_intact_checkpoint,
     read_checkpoint,
@@ -219,3 +224,15 @@ def test_dead_workers_are_told_from_errors(tmp_path: Path, capsys) -> None:
     torch.save({}, tmp_path / 'iter_1.pth')
     assert explain(RuntimeError('other'), tmp_path) is None
     assert 'iter_1.pth' in capsys.readouterr().err
+
+
+def test_a_dead_worker_is_found_behind_other_errors() -> None:
+    words = 'DataLoader worker (pid 7) is killed by signal: Killed. '
+    try:
+        try:
+            raise RuntimeError(words)
+        except RuntimeError as cause:
+            raise SyntaxError('Failed to format the config file') from cause
+    except SyntaxError as error:
+        assert dead_worker(error) == words.rstrip('. ')
+    assert dead_worker(SyntaxError(words)) is None
