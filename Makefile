@@ -9,7 +9,10 @@ VENV ?= .venv
 STACK ?= forks
 TORCH ?= torch torchvision
 OLDEST_TORCH := torch==2.4.1 torchvision==0.19.1
+# Test processes, one thread each (see tests/conftest.py)
+JOBS ?= auto
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 STAMP := $(VENV)/.installed
 REQUIREMENTS := $(wildcard requirements/*.txt) setup.py
 
@@ -21,10 +24,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-original:
 	$(MAKE) test STACK=original VENV=.venv-original
@@ -34,7 +37,7 @@ test-oldest:
 
 coverage: $(STAMP)
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=
+	$(PYTEST) -m "not slow" --cov --cov-report=
 	$(BIN)/coverage report
 
 mutation: $(STAMP)

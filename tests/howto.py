@@ -1,11 +1,19 @@
-"""What the how-to pages contain: files and commands."""
+"""What the how-to pages contain: files and commands.
+
+In a clone with an environment, run a page as it is written, and print what a
+newcomer sees:
+
+    .venv/bin/python tests/howto.py docs/howto/choose_a_budget.md
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 from helpers import ROOT
@@ -46,3 +54,32 @@ def shell_environment() -> dict[str, str]:
         port = probe.getsockname()[1]
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     return {**os.environ, 'PATH': path, 'PORT': str(port), **_ONE_THREAD}
+
+
+def main(page: str) -> None:
+    """Write a page's files, then run its commands in the page's folder."""
+    files = write_files(page, ROOT)
+    # "my_project" is where the commands of a page with a project are typed.
+    inside = any(path.name.endswith('_dataset.py') for path in files)
+    folder = ROOT / 'my_project' if inside else ROOT
+    for command in commands(page):
+        if re.search(r'\b[A-Z]{3,}\b(?!=)', command.split(' --')[0]):
+            print(f'$ {command}\n(not run: names to fill in)\n', flush=True)
+            continue
+        print(f'$ {command}', flush=True)
+        start = time.perf_counter()
+        result = subprocess.run(
+            ['bash', '-c', command],
+            cwd=folder,
+            env={**shell_environment(), 'COLUMNS': '80'},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        print(result.stdout.rstrip())
+        seconds = time.perf_counter() - start
+        print(f'(exit status {result.returncode}, {seconds:.0f} s)\n')
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -48,6 +48,7 @@ class Fault:
 
 
 MAPS = ('test_token_map', 'test_properties')
+ADAPT = ('test_matching', 'test_compressor')
 SUMS = ('test_segments', 'test_token_map', 'test_properties')
 
 FAULTS = (
@@ -225,6 +226,57 @@ FAULTS = (
         'pad = (0, width - 2 * columns, 0, height - 2 * rows)',
         'pad = (width - 2 * columns, 0, 0, height - 2 * rows)',
         ('test_merging', 'test_properties'),
+    ),
+    Fault(
+        'matching', 'groups are not renewed between rounds',
+        'seeds = image_sum(metric, position, seeds.shape[1])',
+        'seeds = seeds * 1', ADAPT,
+    ),
+    Fault(
+        'matching', 'tokens go to the least similar group around',
+        'choice = similarity.argmax(-1', 'choice = similarity.argmin(-1',
+        ADAPT,
+    ),
+    Fault(
+        'matching', 'long groups attract more tokens',
+        'seeds = F.normalize(seeds, dim=-1)', 'seeds = seeds * 1', ADAPT,
+    ),
+    Fault(
+        'matching', 'groups to the right are out of reach',
+        'columns = (torch.arange(width)[:, None] + offsets)',
+        'columns = (torch.arange(width)[:, None] + offsets.clamp_max(0))',
+        ADAPT,
+    ),
+    Fault(
+        'matching', 'the reach does not follow the width of groups',
+        'step = max(round((height * width / count) ** 0.5), 1)', 'step = 1',
+        ADAPT,
+    ),
+    Fault(
+        'matching', 'sketches fold without signs',
+        '(x * signs.to(x.dtype)).unflatten', '(x * 1).unflatten', ADAPT,
+    ),
+    Fault(
+        'segments', 'groups of all images are summed into the first',
+        'return (position + count * image[:, None]).flatten()',
+        'return (position + 0 * image[:, None]).flatten()',
+        ('test_segments', 'test_compressor'),
+    ),
+    Fault(
+        'segments', 'sums are rounded under autocast',
+        'if torch.is_autocast_enabled(device):', 'if False:',
+        ('test_segments', 'test_compressor'),
+    ),
+    Fault(
+        'token_map', 'groups of an image merge to sums, not means',
+        'return total / sizes.clamp_min(1)', 'return total * 1',
+        ('test_compressor', 'test_properties'),
+    ),
+    Fault(
+        'token_map', 'tokens may move into prefix tokens',
+        'return torch.cat([first, group + num_prefix], 1)',
+        'return torch.cat([first, group], 1)',
+        ('test_compressor', 'test_properties'),
     ),
     Fault(
         'merging', 'attention does not count merged tokens',

@@ -52,6 +52,7 @@ ABLATIONS: dict[str, list[str]] = {
     'no detail path': [f'{BACKBONE}.detail=0'],
     'centres by score': [f'{BACKBONE}.centres=score'],
     'even centres': [f'{BACKBONE}.score_power=0'],
+    'one round': [f'{BACKBONE}.adapt=1'],
     'no rotation': [f'{BACKBONE}.rotate=False'],
     'augmented calibration': ['calib_pipeline=None'],
     'flat budget': [f'{BACKBONE}.budget=layer'],

@@ -276,14 +276,27 @@ def image_gather(z: Tensor, position: Tensor) -> Tensor:
 
 
 def image_sizes(x: Tensor, position: Tensor, count: int) -> Tensor:
-    """Members of each group in the dtype of x, (B, count, 1)."""
-    return _image_sum(x.new_ones(*position.shape, 1), position, count)
+    """Members of each group, (B, count, 1), in the dtype of x.
+
+    Counted without rounding, whatever autocast does; above 256 bf16 rounds
+    the count itself.
+    """
+    if _use_bags(x):
+        sizes = _flat(position, count).bincount(minlength=len(x) * count)
+        return sizes.view(len(x), count, 1).to(x.dtype)
+    return _member(position, count).sum(2, keepdim=True).to(x.dtype)
 
 
 def _flat(position: Tensor, count: int) -> Tensor:
     """Groups of all images numbered through, (B * T,)."""
     image = torch.arange(len(position), device=position.device)
     return (position + count * image[:, None]).flatten()
+
+
+def _member(position: Tensor, count: int) -> Tensor:
+    """Which token is in which group, bool, (B, count, T)."""
+    groups = torch.arange(count, device=position.device)
+    return position.unsqueeze(1) == groups.unsqueeze(1)
 
 
 def _image_sum(x: Tensor, position: Tensor, count: int) -> Tensor:
@@ -293,9 +306,13 @@ def _image_sum(x: Tensor, position: Tensor, count: int) -> Tensor:
         rows = x.reshape(-1, x.shape[2])
         out = F.embedding_bag(order, rows, starts, mode='sum')
         return out.view(len(x), count, -1)
-    groups = torch.arange(count, device=position.device)
-    member = position.unsqueeze(1) == groups.unsqueeze(1)
-    return member.to(x.dtype) @ x
+    member = _member(position, count).to(x.dtype)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        # A sum keeps its dtype, though it is a product here.
+        with torch.autocast(device, enabled=False):
+            return member @ x
+    return member @ x
 
 
 def _image_gather(z: Tensor, position: Tensor) -> Tensor:

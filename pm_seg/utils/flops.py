@@ -24,6 +24,10 @@ def _bag_flops(rows, index, *args, **kwargs) -> int:
     return 2 * _numel(index) * rows[1]
 
 
+def _count_flops(x, *args, **kwargs) -> int:
+    return 2 * _numel(x)
+
+
 def _numel(shape) -> int:
     return int(torch.Size(shape).numel())
 
@@ -34,6 +38,7 @@ _TOKEN_MAP_FLOPS = {
     _ATEN._embedding_bag: _bag_flops,
     _ATEN._embedding_bag_forward_only: _bag_flops,
     _ATEN.scatter_add: _scatter_flops,
+    _ATEN.bincount: _count_flops,
 }
 
 

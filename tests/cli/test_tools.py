@@ -196,7 +196,7 @@ def test_the_main_ade20k_config_runs_on_scenes(
         'train_cfg.max_iters=1', 'train_cfg.val_interval=10',
         'custom_hooks.0.score_iters=1', 'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
-        'train_dataloader.batch_size=2', 'custom_hooks.0.calib_iters=1',
+        'train_dataloader.batch_size=1', 'custom_hooks.0.calib_iters=1',
     ]  # fmt: skip
     config = 'configs/segmenter_vit-s_pm_ade20k.py'
     run_tool(ROOT / 'tools/train.py', config, *options, cwd=tmp_path)

@@ -176,3 +176,45 @@ def test_derivatives_with_groups_of_each_image() -> None:
     check = torch.autograd.gradcheck
     assert check(lambda x: image_sum(x, position, 5), (x,))
     assert check(lambda z: image_gather(z, position), (z,))
+
+
+@pytest.mark.parametrize('bags', [True, False])
+def test_sums_keep_their_dtype_under_autocast(bags: bool, monkeypatch) -> None:
+    module = importlib.import_module('pm_seg.core.segments')
+    monkeypatch.setattr(module, '_use_bags', lambda x: bags)
+    torch.manual_seed(0)
+    position = torch.randint(3, (2, 2000))
+    x = torch.randn(2, 2000, 4, requires_grad=True)
+    expected = image_sum(x, position, 3)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = image_sum(x, position, 3)
+        sizes = image_sizes(x, position, 3)
+        out.square().sum().backward()
+    assert out.dtype == x.grad.dtype == sizes.dtype == torch.float32
+    torch.testing.assert_close(out, expected)
+    counts = torch.stack([p.bincount(minlength=3) for p in position])
+    assert torch.equal(sizes.squeeze(2), counts.float())
+
+
+def test_sizes_in_half_precision_are_the_nearest_number() -> None:
+    """bf16 counts one by one to 256 only."""
+    module = importlib.import_module('pm_seg.core.segments')
+    position = torch.zeros(1, 1000, dtype=torch.int64)
+    x = torch.ones(1, 1000, 1, dtype=torch.bfloat16)
+    for bags in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, '_use_bags', lambda x, bags=bags: bags)
+            assert image_sizes(x, position, 2).tolist() == [[[1000], [0]]]
+
+
+def test_compiles_under_autocast() -> None:
+    torch._dynamo.reset()
+    position = torch.randint(3, (2, 50))
+    x = torch.randn(2, 50, 4)
+    compiled = torch.compile(
+        lambda x: image_sum(x, position, 3), fullgraph=True,
+        backend='aot_eager',
+    )  # fmt: skip
+    with torch.autocast('cpu', torch.bfloat16):
+        out = compiled(x)
+    torch.testing.assert_close(out, image_sum(x, position, 3))

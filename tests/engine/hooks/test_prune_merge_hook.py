@@ -106,7 +106,7 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
     start = read_checkpoint(cfg.load_from)['state_dict']
     result = run_tool(
         '-m', 'torch.distributed.run', '--nproc_per_node=2',
-        '--master_port=29511', ROOT / 'tools/train.py',
+        '--standalone', ROOT / 'tools/train.py',
         tmp_path / 'config.py', '--launcher', 'pytorch',
         cwd=tmp_path, env=dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
     )  # fmt: skip
