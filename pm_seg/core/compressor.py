@@ -40,7 +40,7 @@ from .token_map import (
 MATRICES = ('sparse', 'dense')
 AnyTokenMap = TokenMap | DenseTokenMap | SimilarityMap | AdaptiveMap
 MATCHING = 'matching'
-ADAPT = 2
+ADAPT = 1
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class TokenCompressor(Compressor):
             the group they are most similar to, see
             :class:`~pm_seg.core.token_map.AdaptiveMap`; 0 for the same
             groups in all images. Needs ``dims``, residual restores of sparse
-            maps, weights='mean' and prune=0; defaults to 2 with these and
+            maps, weights='mean' and prune=0; defaults to 1 with these and
             'nearest_centre', else to 0.
         centres (str, optional): 'score' (the paper) or 'spread', see
             :func:`~pm_seg.core.centres.select_centres`. Defaults to 'score'
