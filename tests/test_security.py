@@ -116,7 +116,7 @@ def test_trusted_files(ws: Workspace, monkeypatch) -> None:
 
 def test_a_config_in_a_checkpoint_is_not_run(ws: Workspace) -> None:
     """mmengine runs ``meta['config']`` as Python when it resumes."""
-    code = f'import os\nos.mkdir({ws("pwned")!r})\ngpu_ids = []\n'
+    code = f'__import__("os").mkdir({ws("pwned")!r})\ngpu_ids = []\n'
     meta = dict(config=code, iter=1, epoch=0)
     torch.save(dict(state_dict={}, meta=meta), ws('evil.pth'))
     try:

@@ -85,6 +85,7 @@ def _draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
         hook.out_dir = args.show_dir
         return
     hook.draw = True
+    hook.interval = 1  # the original packages draw every 50th image
     if args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
 

@@ -17,6 +17,7 @@ WARNING_NOISE = (
     'The draw is False',
     '.*has been created, the method `get_instance`',
     '.*`reduce_zero_label` will be deprecated',
+    '``build_loss`` would be deprecated',
     r'.*`lr_scheduler.step\(\)` before `optimizer.step',
 )
 
