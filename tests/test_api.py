@@ -19,13 +19,7 @@ from pm_seg.engine import describe
 
 SEGMENTOR = dict(
     type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[127.5] * 3,
-        std=[127.5] * 3,
-        size=(64, 64),
-        seg_pad_val=255,
-    ),
+    data_preprocessor=tiny.PREPROCESSOR,
     backbone=dict(
         type='VisionTransformer',
         img_size=(64, 64),

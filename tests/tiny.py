@@ -8,6 +8,14 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
+PREPROCESSOR = dict(
+    type='SegDataPreProcessor',
+    mean=[127.5] * 3,
+    std=[127.5] * 3,
+    size=(64, 64),
+    seg_pad_val=255,
+)
+
 
 def build(compression=True, with_cp=False, head=True, **options):
     """A tiny segmentor; options are those of its compression."""
@@ -16,13 +24,7 @@ def build(compression=True, with_cp=False, head=True, **options):
     model = MODELS.build(
         dict(
             type='EncoderDecoder',
-            data_preprocessor=dict(
-                type='SegDataPreProcessor',
-                mean=[127.5] * 3,
-                std=[127.5] * 3,
-                size=(64, 64),
-                seg_pad_val=255,
-            ),
+            data_preprocessor=PREPROCESSOR,
             backbone=dict(
                 type='PMVisionTransformer',
                 img_size=64,

@@ -156,6 +156,7 @@ def _inference(compression: dict | None) -> Callable:
 
 
 OURS = dict(keep=0.5)
+STATIC = dict(keep=0.5, adapt=0)
 MATCHING = dict(keep=0.5, builder='matching')
 
 #: Name: (function of size, depth and batch that makes a call, whether
@@ -169,6 +170,7 @@ QUANTITIES: dict[str, tuple[Callable, bool]] = {
     'inference, compressed': (_inference(OURS), False),
     'inference, dense, attention left out': (_inference(None), True),
     'inference, compressed, attention left out': (_inference(OURS), True),
+    'inference, static groups, attention left out': (_inference(STATIC), True),
     'inference, matching, attention left out': (_inference(MATCHING), True),
 }
 #: Structures have nothing to do with batches.
