@@ -75,7 +75,6 @@ def small_config(scenes: Path, work_dir: Path, iters: int = 2) -> Config:
     cfg.train_cfg.max_iters = iters
     cfg.custom_hooks = [dict(type='PruneMergeHook', score_iters=2)]
     cfg.default_hooks.logger.interval = 1
-    cfg.log_level = 'INFO'
     cfg.work_dir = str(work_dir)
     return cfg
 

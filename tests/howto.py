@@ -62,6 +62,9 @@ def main(page: str) -> None:
     # "my_project" is where the commands of a page with a project are typed.
     inside = any(path.name.endswith('_dataset.py') for path in files)
     folder = ROOT / 'my_project' if inside else ROOT
+    environment = {**shell_environment(), 'COLUMNS': '80'}
+    if 'OMP_NUM_THREADS' not in os.environ:
+        del environment['OMP_NUM_THREADS']
     for command in commands(page):
         if re.search(r'\b[A-Z]{3,}\b(?!=)', command.split(' --')[0]):
             print(f'$ {command}\n(not run: names to fill in)\n', flush=True)
@@ -71,7 +74,7 @@ def main(page: str) -> None:
         result = subprocess.run(
             ['bash', '-c', command],
             cwd=folder,
-            env={**shell_environment(), 'COLUMNS': '80'},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

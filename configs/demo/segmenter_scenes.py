@@ -5,4 +5,3 @@ _base_ = [
     '../_base_/default_runtime.py',
     '../_base_/schedules/demo.py',
 ]
-log_level = 'ERROR'

@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     data = work / 'data'
     dense_cfg = 'configs/demo/segmenter_scenes.py'
     small_cfg = 'configs/demo/segmenter_pm_scenes.py'
-    scenes, options = [], ['--cfg-options', f'data_root={data}']
+    scenes = []
+    options = ['--cfg-options', f'data_root={data}', 'log_level=ERROR']
     if args.quick:
         scenes = ['--num-train', '16', '--num-val', '4']
         options += ['train_cfg.max_iters=6']

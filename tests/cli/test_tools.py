@@ -15,7 +15,6 @@ from pm_seg.utils.checkpoints import read_checkpoint
 
 SMALL = """
 _base_ = '{root}/configs/demo/segmenter_pm_scenes.py'
-log_level = 'INFO'
 crop_size = (64, 64)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
