@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 import pytest
 import torch
 from bad_input import Workspace, benchmark, export_onnx, malicious
+from helpers import needs_exporter
 from mmengine.config import Config
 from mmengine.runner.checkpoint import CheckpointLoader
 
@@ -80,7 +81,13 @@ TOOLS: dict[str, Callable[[Workspace], object]] = {
 }
 
 
-@pytest.mark.parametrize('tool', TOOLS)
+@pytest.mark.parametrize(
+    'tool',
+    [
+        pytest.param(tool, marks=needs_exporter if tool == 'export' else ())
+        for tool in TOOLS
+    ],
+)
 def test_code_in_a_checkpoint_is_not_run(tool: str, ws: Workspace) -> None:
     before = ws.files()
     with pytest.raises((SystemExit, CheckpointError)) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 
 #: Printed while OpenMMLab packages are imported.
@@ -45,11 +45,22 @@ def quiet_imports() -> Iterator[None]:
         with warnings.catch_warnings(), redirect_stdout(printed):
             # mmcv without compiled operators; pm_seg needs none.
             warnings.filterwarnings('ignore', message='Fail to import')
+            warnings.showwarning = _without_torchscript(warnings.showwarning)
             yield
     finally:
         for line in printed.getvalue().splitlines():
             if line not in IMPORT_NOISE:
                 print(line)
+
+
+def _without_torchscript(show: Callable[..., None]) -> Callable[..., None]:
+    """Torch 2.4 shows this one always, whatever filters say."""
+
+    def filtered(message: Warning | str, *args, **kwargs) -> None:
+        if not str(message).startswith('`TorchScript` support'):
+            show(message, *args, **kwargs)
+
+    return filtered
 
 
 def quiet_warnings() -> None:
