@@ -12,9 +12,7 @@ model = dict(
 )
 custom_hooks = [
     # 10 batches of 20: one prediction for each picture says little.
-    dict(
-        type='PruneMergeHook', score_iters=20, calib_iters=10, evaluate=True
-    ),
+    dict(type='PruneMergeHook', score_iters=20, calib_iters=10, evaluate=True),
     dict(type='SeedIterationHook'),
 ]
 load_from = 'checkpoints/vit-tiny_in1k.pth'

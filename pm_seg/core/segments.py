@@ -257,7 +257,8 @@ def image_sum(x: Tensor, position: Tensor, count: int) -> Tensor:
         count (int): Groups of each image; 0 is the sum of an empty one.
 
     Returns:
-        Tensor: (B, count, C).
+        Tensor: (B, count, C), in the dtype of x. Where it is a product,
+        autocast to bf16 rounds the values, as it does in any product.
     """
     return _ImageSum.apply(x, position, count)
 
@@ -299,20 +300,36 @@ def _member(position: Tensor, count: int) -> Tensor:
     return position.unsqueeze(1) == groups.unsqueeze(1)
 
 
-def _image_sum(x: Tensor, position: Tensor, count: int) -> Tensor:
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Precision of sums by products: bf16 under autocast to it.
+
+    Not fp16, in which the sum of a large group can overflow.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        wanted = torch.get_autocast_dtype(device)
+        if wanted == torch.bfloat16:
+            return wanted
+    return x.dtype
+
+
+def _image_sum(
+    x: Tensor, position: Tensor, count: int, dtype: torch.dtype
+) -> Tensor:
+    """Sums in the dtype of x; products, if it takes any, in the given one."""
     if _use_bags(x):
         group, order = _flat(position, count).sort(stable=True)
         starts = torch.searchsorted(group, torch.arange(len(x) * count))
         rows = x.reshape(-1, x.shape[2])
         out = F.embedding_bag(order, rows, starts, mode='sum')
         return out.view(len(x), count, -1)
-    member = _member(position, count).to(x.dtype)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        # A sum keeps its dtype, though it is a product here.
-        with torch.autocast(device, enabled=False):
-            return member @ x
-    return member @ x
+    member, values = _member(position, count).to(dtype), x.to(dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            total = member @ values
+    else:
+        total = member @ values
+    return total.to(x.dtype)
 
 
 def _image_gather(z: Tensor, position: Tensor) -> Tensor:
@@ -325,7 +342,7 @@ class _ImageSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, position, count):
         ctx.save_for_backward(position)
-        return _image_sum(x, position, count)
+        return _image_sum(x, position, count, _product_dtype(x))
 
     @staticmethod
     @once_differentiable
@@ -338,11 +355,11 @@ class _ImageGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, position):
         ctx.save_for_backward(position)
-        ctx.count = z.shape[1]
+        ctx.count, ctx.dtype = z.shape[1], _product_dtype(z)
         return _image_gather(z, position)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (position,) = ctx.saved_tensors
-        return _image_sum(grad, position, ctx.count), None
+        return _image_sum(grad, position, ctx.count, ctx.dtype), None

@@ -5,6 +5,8 @@ The matchings are tested in test_merging.py, with what uses them.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,20 @@ def test_tokens_move_to_the_most_similar_group() -> None:
     moved = assign(metric, seeds, two, 1)
     assert set(moved.unique().tolist()) == {2, 5}
     assert torch.equal(moved[kind == 2], kind[kind == 2])
+
+
+def test_all_ways_of_comparing_agree(monkeypatch) -> None:
+    """Gathers, one by one on large inputs, and a product with all groups."""
+    module = importlib.import_module('pm_seg.core.matching')
+    torch.manual_seed(0)
+    metric, seeds = torch.randn(2, 80, 16), torch.randn(2, 12, 16)
+    candidates = torch.randint(12, (80, 9))
+    expected = assign(metric, seeds, candidates, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, '_LARGE', 0)
+        assert torch.equal(assign(metric, seeds, candidates, 2), expected)
+    monkeypatch.setattr(module, '_compare_all', lambda metric: True)
+    assert torch.equal(assign(metric, seeds, candidates, 2), expected)
 
 
 def test_rounds_tighten_the_groups() -> None:

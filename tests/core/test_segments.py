@@ -191,7 +191,8 @@ def test_sums_keep_their_dtype_under_autocast(bags: bool, monkeypatch) -> None:
         sizes = image_sizes(x, position, 3)
         out.square().sum().backward()
     assert out.dtype == x.grad.dtype == sizes.dtype == torch.float32
-    torch.testing.assert_close(out, expected)
+    rounding = 1e-4 if bags else 0.3  # of sums of hundreds
+    torch.testing.assert_close(out, expected, rtol=0, atol=rounding)
     counts = torch.stack([p.bincount(minlength=3) for p in position])
     assert torch.equal(sizes.squeeze(2), counts.float())
 
@@ -217,4 +218,6 @@ def test_compiles_under_autocast() -> None:
     )  # fmt: skip
     with torch.autocast('cpu', torch.bfloat16):
         out = compiled(x)
-    torch.testing.assert_close(out, image_sum(x, position, 3))
+    assert out.dtype == torch.float32
+    expected = image_sum(x, position, 3)
+    torch.testing.assert_close(out, expected, atol=0.1, rtol=0)
