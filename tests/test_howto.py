@@ -108,6 +108,7 @@ def test_fsdp(tmp_path: Path, scenes: Path) -> None:
     )
     lines = [line for line in commands(page) if 'work_dirs/fsdp' in line]
     assert len(lines) == 2
+    printed = ''
     for line in lines:
         result = subprocess.run(
             ['bash', '-c', line],
@@ -117,6 +118,9 @@ def test_fsdp(tmp_path: Path, scenes: Path) -> None:
             text=True,
         )
         assert result.returncode == 0, result.stderr[-3000:]
+        printed += result.stdout + result.stderr
+    assert printed.count('Fine-tuning, compressed: 4/4') == 1
+    assert 'System environment' not in printed
     assert re.search(r'mIoU: +\d', result.stdout)
 
 

@@ -20,7 +20,8 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.fileio import YamlHandler, register_handler
 from mmengine.logging import MMLogger
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
+from mmengine.runner import FlexibleRunner, Runner
 from mmseg.registry import DATASETS
 
 from ..stacks import installed_stacks
@@ -36,6 +37,7 @@ from .parser import command, make_parser, wrong_usage
 __all__ = [
     'ToolRunner',
     'add_common_arguments',
+    'build_runner',
     'check_checkpoints',
     'check_data',
     'command',
@@ -220,6 +222,15 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def _for_people(runner: Runner | FlexibleRunner, logger: MMLogger) -> None:
+    """Say where the log file is, and leave what it alone needs to it."""
+    for handler in logger.handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(is_for_people)
+    file = f'{runner.log_dir}/{runner.timestamp}.log'
+    logger.info(f'Config, environment and log: {file}')
+
+
 class ToolRunner(Runner):
     """mmengine's runner, with a console for people.
 
@@ -229,14 +240,23 @@ class ToolRunner(Runner):
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)
-        for handler in logger.handlers:
-            if not isinstance(handler, logging.FileHandler):
-                handler.addFilter(is_for_people)
-        logger.info(
-            f'Config, environment and log: {self._log_dir}/{self.timestamp}'
-            '.log'
-        )
+        _for_people(self, logger)
         return logger
+
+
+class FlexibleToolRunner(FlexibleRunner):
+    """The same of mmengine's runner for FSDP and other strategies."""
+
+    def _log_env(self) -> None:
+        _for_people(self, self.logger)
+        super()._log_env()
+
+
+def build_runner(cfg: Config) -> Runner | FlexibleRunner:
+    """The runner of a config, its ``runner_type`` or mmengine's usual one."""
+    kind = cfg.get('runner_type', 'Runner')
+    tools = dict(Runner=ToolRunner, FlexibleRunner=FlexibleToolRunner)
+    return tools[kind].from_cfg(cfg) if kind in tools else RUNNERS.build(cfg)
 
 
 def join_cpu_processes(cfg: Config) -> None:

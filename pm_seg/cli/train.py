@@ -10,15 +10,14 @@ from contextlib import ExitStack
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import get_world_size
-from mmengine.registry import RUNNERS
 
 from ..engine.faults import RunStoppedError, explain
 from ..engine.hooks import InterruptHook
 from ..utils.checkpoints import latest_intact_checkpoint
 from ..utils.lock import WorkDirInUseError, work_dir_lock
 from .common import (
-    ToolRunner,
     add_common_arguments,
+    build_runner,
     check_checkpoints,
     check_data,
     check_output,
@@ -134,10 +133,7 @@ def _run(cfg: Config) -> None:
     """
     runner = None
     try:
-        build = ToolRunner.from_cfg
-        if 'runner_type' in cfg:  # FlexibleRunner, for FSDP
-            build = RUNNERS.build
-        runner = build(cfg)
+        runner = build_runner(cfg)
         runner.train()
     except (Exception, KeyboardInterrupt) as error:
         for hook in runner.hooks if runner else ():

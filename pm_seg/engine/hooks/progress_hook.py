@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -30,9 +31,9 @@ class ProgressHook(Hook):
         self._stack = ExitStack()
 
     def _open(self, title: str, total: int, start: int = 0) -> None:
-        self._report = self._stack.enter_context(
-            ProgressReporter(title, total, start)
-        )
+        reporter = ProgressReporter(title, total, start)
+        reporter.console.quiet = not is_main_process()
+        self._report = self._stack.enter_context(reporter)
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._open(self.title, runner.max_iters, runner.iter)
