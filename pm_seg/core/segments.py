@@ -17,6 +17,8 @@ with their membership matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -154,6 +156,30 @@ def segment_gather(z: Tensor, weight: Tensor, segments: Segments) -> Tensor:
     return _gather(z, weight, segments)
 
 
+_counting = False
+
+
+@contextmanager
+def counted_as_sums() -> Iterator[None]:
+    """Context in which sums over groups of an image are not products.
+
+    For counting operations: a product with a 0-1 matrix is how accelerators
+    take such a sum, not what it costs, and a budget in operations should
+    mean the same on all devices.
+    """
+    global _counting
+    previous, _counting = _counting, True
+    try:
+        yield
+    finally:
+        _counting = previous
+
+
+def counting() -> bool:
+    """Whether inside :func:`counted_as_sums`."""
+    return _counting
+
+
 def _use_bags(x: Tensor) -> bool:
     """Whether one fused kernel does gather, product and sum."""
     return x.device.type == 'cpu' and not torch.compiler.is_compiling()
@@ -282,7 +308,7 @@ def image_sizes(x: Tensor, position: Tensor, count: int) -> Tensor:
     Counted without rounding, whatever autocast does; above 256 bf16 rounds
     the count itself.
     """
-    if _use_bags(x):
+    if _use_bags(x) or _counting:
         sizes = _flat(position, count).bincount(minlength=len(x) * count)
         return sizes.view(len(x), count, 1).to(x.dtype)
     return _member(position, count).sum(2, keepdim=True).to(x.dtype)
@@ -323,6 +349,9 @@ def _image_sum(
         rows = x.reshape(-1, x.shape[2])
         out = F.embedding_bag(order, rows, starts, mode='sum')
         return out.view(len(x), count, -1)
+    if _counting:
+        total = x.new_zeros(len(x), count, x.shape[2])
+        return total.scatter_add(1, position.unsqueeze(2).expand_as(x), x)
     member, values = _member(position, count).to(dtype), x.to(dtype)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):

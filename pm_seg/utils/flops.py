@@ -8,6 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core.segments import counted_as_sums
+
 _ATEN = torch.ops.aten
 
 
@@ -57,6 +59,6 @@ def count_macs(function: Callable[[], object]) -> int:
         int: MACs, half of the FLOPs.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_TOKEN_MAP_FLOPS)
-    with sdpa_kernel(SDPBackend.MATH), counter:
+    with sdpa_kernel(SDPBackend.MATH), counted_as_sums(), counter:
         function()
     return counter.get_total_flops() // 2

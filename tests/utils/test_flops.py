@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -75,6 +77,20 @@ def test_adaptive_maps_are_counted(rounds: int) -> None:
     images = torch.randn(1, 3, 64, 64)
     assert count_macs(lambda: model(images)) == expected
     assert model.compressor.map_macs(8) == own
+
+
+@pytest.mark.parametrize('rounds', [1, 3])
+def test_the_count_does_not_depend_on_the_device(
+    rounds: int, monkeypatch
+) -> None:
+    """Products with 0-1 matrices, of accelerators, are counted as sums."""
+    model = backbone(dict(keep=0.5, layers=[1, 2], adapt=rounds))
+    images = torch.randn(1, 3, 64, 64)
+    expected = count_macs(lambda: model(images))
+    module = importlib.import_module('pm_seg.core.segments')
+    monkeypatch.setattr(module, '_use_bags', lambda x: False)
+    assert count_macs(lambda: model(images)) == expected
+    assert not module.counting()
 
 
 def test_dense_matrices_are_counted() -> None:
