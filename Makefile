@@ -41,7 +41,7 @@ coverage: $(STAMP)
 	$(BIN)/coverage report
 
 mutation: $(STAMP)
-	$(BIN)/python tools/mutation_check.py
+	$(BIN)/python tools/lab/mutation_check.py
 
 $(STAMP): $(REQUIREMENTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \

@@ -1,4 +1,7 @@
-"""Packaging: metadata, and configs and tools as ``pm_seg/.mim``."""
+"""Packaging: metadata, and configs and tools as ``pm_seg/.mim``.
+
+What measures the package itself, ``tools/lab``, stays out.
+"""
 
 import re
 import shutil
@@ -29,7 +32,9 @@ class BuildWithConfigs(build_py):
             return
         target = Path(self.build_lib) / 'pm_seg' / '.mim'
         shutil.rmtree(target, ignore_errors=True)
-        ignore = shutil.ignore_patterns('__pycache__')
+        ignore = shutil.ignore_patterns(
+            '__pycache__', 'lab', 'make_api_docs.py'
+        )
         for folder in ('configs', 'tools'):
             shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
 

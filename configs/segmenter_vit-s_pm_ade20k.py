@@ -9,7 +9,6 @@ _base_ = [
 model = dict(
     type='DistilledEncoderDecoder',
     teacher=dict(alpha=1.0, tau=20.0),
-    backbone=dict(compression=dict(keep=0.7)),
-    decode_head=dict(compression=dict(grid=(32, 32), keep=0.7)),
+    backbone=dict(compression=dict(keep=0.5)),
 )
 load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/segmenter/segmenter_vit-s_mask_8x1_512x512_160k_ade20k/segmenter_vit-s_mask_8x1_512x512_160k_ade20k_20220105_151706-511bb103.pth'  # noqa: E501

@@ -9,7 +9,6 @@ _base_ = [
 model = dict(
     type='DistilledEncoderDecoder',
     teacher=dict(alpha=1.0, tau=20.0),
-    backbone=dict(compression=dict(keep=0.7)),
-    decode_head=dict(compression=dict(grid=(48, 48), keep=0.7)),
+    backbone=dict(compression=dict(keep=0.5)),
 )
 load_from = 'work_dirs/segmenter_vit-s_cityscapes/iter_80000.pth'

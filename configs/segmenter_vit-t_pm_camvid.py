@@ -9,7 +9,6 @@ _base_ = [
 model = dict(
     type='DistilledEncoderDecoder',
     teacher=dict(alpha=1.0, tau=20.0),
-    backbone=dict(compression=dict(keep=0.7)),
-    decode_head=dict(compression=dict(grid=(22, 30), keep=0.7)),
+    backbone=dict(compression=dict(keep=0.5)),
 )
 load_from = 'checkpoints/segmenter_vit-t_camvid.pth'

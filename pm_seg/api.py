@@ -3,7 +3,7 @@
 Example:
     >>> import timm, pm_seg
     >>> model = timm.create_model('vit_tiny_patch16_224', pretrained=True)
-    >>> small = pm_seg.compress_model(model, loader, keep=0.7)
+    >>> small = pm_seg.compress_model(model, keep=0.6)
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mmseg.models.backbones import VisionTransformer as SegViT
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .core.structure import check_rates
-from .engine.compression import Progress, compress, needs_data
+from .engine.compression import Measuring, Progress, compress
 from .engine.scoring import compressible_modules, evaluating
 from .models.backbones import PMVisionTransformer
 from .models.compressible import CompressibleMixin
 from .models.timm_vit import compress_timm_blocks
+from .utils import shown_progress
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,49 +40,44 @@ _SUPPORTED = (
 
 def compress_model(
     model: nn.Module,
-    loader: Iterable | None,
+    loader: Iterable | None = None,
     keep: float | None = None,
     target: dict[str, float] | None = None,
-    num_batches: int = 50,
-    calib_batches: int = 2,
-    seed: int = 0,
+    measuring: Measuring | None = None,
     loss: Loss | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     **compression: Any,
 ) -> nn.Module:
     """A compressed copy of a built Vision Transformer, without training.
 
-    Scores the patch tokens on batches, measures what compressing each layer
-    costs, groups the tokens and fits the detail paths, as
-    ``tools/compress.py`` does. The given model does not change.
+    As ``tools/compress.py`` does. The given model does not change.
 
     Args:
         model (nn.Module): One of mmseg or mmpretrain with a
             ``VisionTransformer``, the stock class or pm_seg's, whose backbone
-            is compressed; or a ``timm.models.VisionTransformer`` with its
-            head, whose blocks are. Not wrapped for distributed training.
-        loader (Iterable, optional): Batches, gone through more than once:
-            a list or a ``DataLoader``, no generator. For mm models the
-            dicts of their data loaders (``inputs`` and ``data_samples``), or
-            pairs of images as the model's data preprocessor takes them and
-            labels: maps (B, H, W), or classes (B,). For timm models pairs
-            of normalised images and classes, or images alone: then the
-            model's own predictions are the labels. None will do if the
-            model has scores and there is no detail path.
-        keep (float, optional): Share of patch tokens to work on. Defaults to
-            0.7, or what the model's config says.
-        target (dict, optional): A budget instead of ``keep``, for example
-            ``dict(share=0.5)``, see
+            is compressed; or a ``timm.models.VisionTransformer``, whose
+            blocks are. Not wrapped for distributed training.
+        loader (Iterable, optional): Batches to measure on, gone through more
+            than once: a list or a ``DataLoader``, no generator. For mm models
+            the dicts of their data loaders (``inputs`` and
+            ``data_samples``), or pairs of images as the model's data
+            preprocessor takes them and labels: maps (B, H, W), or classes
+            (B,). For timm models pairs of normalised images and classes, or
+            images alone: then the model's own predictions are the labels.
+            None works at once, without measuring.
+        keep (float, optional): Share of the operations of the layers.
+            Defaults to 0.5, or what the model's config says.
+        target (dict, optional): A budget of the whole model instead, for
+            example ``dict(share=0.5)``, see
             :func:`~pm_seg.engine.targets.meet_target`.
-        num_batches (int): Batches to score. Defaults to 50.
-        calib_batches (int): Batches for the losses and the detail paths.
-            Defaults to 2.
-        seed (int): Seed of what is random in the data. Defaults to 0.
-        loss (Callable, optional): ``loss(logits, labels)`` to score a timm
+        measuring (Measuring, optional): On how many batches.
+        loss (Callable, optional): ``loss(logits, labels)`` to measure a timm
             model with. Defaults to cross entropy.
-        progress (Callable, optional): Called with what is being done, the
-            number of steps done, and their total.
-        **compression: Options of :class:`pm_seg.core.TokenCompressor`.
+        progress (Callable | bool): True shows bars, False nothing; or called
+            with what is being done, the number of steps done, and their
+            total. Defaults to True.
+        **compression: ``type`` and its options, see
+            :func:`pm_seg.core.make_compressor`.
 
     Returns:
         nn.Module: Of the same kind, on the same device and in the same mode.
@@ -90,48 +85,42 @@ def compress_model(
 
     Raises:
         ValueError: If the model or a batch is of another kind, an option is
-            wrong, or the target is out of reach.
+            wrong, or the budget is out of reach.
     """
-    if target is not None and keep is not None:
-        raise ValueError(
-            f'got keep={keep} and target={target}; they exclude each other'
-        )
-    small = make_compressible(model, keep, **compression)
+    start = keep if target is None else None
+    small = make_compressible(model, start, **compression)
     task = small
     if _is_timm(small):
+        if loader is not None and small.num_classes < 1:
+            raise ValueError(
+                'the timm model has no classifier (num_classes=0), nothing '
+                'can be measured on its outputs: pass loader=None, or '
+                'compress it with a head, and call reset_classifier(0) on the '
+                "result if you don't need it"
+            )
         task = _Classification(small, loss or F.cross_entropy)
     elif loss is not None:
         raise ValueError(
-            'loss is for timm models; mm models are scored with the losses '
+            'loss is for timm models; mm models are measured with the losses '
             'of their heads'
         )
-    if loader is None and needs_data(task):
-        raise ValueError(
-            'loader=None: scoring and fitting need images; pass a list of '
-            'batches or a DataLoader'
-        )
     batches = None if loader is None else _Batches(task, loader)
-    compress(
-        task,
-        batches,
-        num_batches,
-        seed=seed,
-        target=target,
-        calib_batches=calib_batches,
-        progress=progress,
-    )
+    with shown_progress() as shown:
+        if isinstance(progress, bool):
+            progress = shown if progress else None
+        compress(task, batches, keep, target, measuring, progress)
     return small
 
 
 def make_compressible(
     model: nn.Module, keep: float | None = None, **compression: Any
 ) -> nn.Module:
-    """A copy of a model with compressors that have no structure yet.
+    """A copy of a model that can be compressed, and runs so if it can.
 
     What :func:`compress_model` starts with, and what loads its result in
     another process::
 
-        small = make_compressible(timm.create_model(name), keep=0.7)
+        small = make_compressible(timm.create_model(name))
         small.load_state_dict(torch.load('small.pth'))
 
     The copy has the weights of the model and gives, with its compressors
@@ -139,9 +128,10 @@ def make_compressible(
 
     Args:
         model (nn.Module): See :func:`compress_model`.
-        keep (float, optional): Share of patch tokens to work on. Defaults to
-            0.7, or what the model's config says.
-        **compression: Options of :class:`pm_seg.core.TokenCompressor`.
+        keep (float, optional): Share of the operations of the layers.
+            Defaults to 0.5, or what the model's config says.
+        **compression: ``type`` and its options, see
+            :func:`pm_seg.core.make_compressor`.
 
     Raises:
         ValueError: If the model is of another kind or an option is wrong.
@@ -154,18 +144,14 @@ def make_compressible(
             'model.module'
         )
     options = dict(compression)
-    if keep is not None:
-        options['keep'] = keep
+    if keep is not None and options.get('type') != 'paper':
+        options['keep'] = keep  # the paper's has rates; see set_keep
     small = copy.deepcopy(model)
     if _is_timm(small):
-        if small.num_classes < 1:
-            raise ValueError(
-                'the timm model has no classifier (num_classes=0): losses '
-                'are measured on its logits. Compress it with a head, and '
-                "call reset_classifier(0) on the result if you don't need it"
-            )
         compress_timm_blocks(small, options)
         small.blocks.to(next(small.parameters()))
+        if keep is not None:
+            small.blocks.compressor.set_keep(keep)
         return small.train(model.training)
     if not isinstance(small, BaseModel) or not hasattr(small, 'backbone'):
         raise ValueError(
@@ -180,12 +166,13 @@ def make_compressible(
                 'others in its config, or pass the dense model'
             )
         if keep is not None:
-            check_rates(keep, 0.0)
             for module in modules.values():
-                module.compressor.keep = keep
+                module.compressor.set_keep(keep)
         return small
     backbone = _compressible_backbone(small.backbone, options)
     backbone.to(next(small.parameters()))
+    if keep is not None:
+        backbone.compressor.set_keep(keep)
     backbone.train(small.backbone.training)
     small.backbone = backbone
     if isinstance(getattr(small, 'cfg', None), Config):

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from helpers import ROOT, dense_checkpoint, small_config
 from mmcv.transforms import BaseTransform
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmseg.registry import HOOKS, MODELS, TRANSFORMS
@@ -40,14 +41,18 @@ from pm_seg.cli import (
     test,
     train,
 )
-from pm_seg.core import TokenCompressor
+from pm_seg.core import EncoderShape, LayerCost, StaticCompressor
 from pm_seg.datasets.scenes import write_scenes
+from pm_seg.engine import compress as run_compression
 
 TABLES = ('Bad input', 'Faults in a run')
 
 
 class Workspace:
     """A user's folder: scenes, configs, a dense and a compressed model.
+
+    The configs are pm.py, paper.py with the paper's compression, and
+    dense.py.
 
     Args:
         root (Path): Empty folder.
@@ -60,30 +65,39 @@ class Workspace:
         cfg = small_config(root / 'scenes', root / 'work', iters=4)
         cfg.data_root = str(root / 'scenes')
         cfg.model.decode_head.num_layers = 1
-        cfg.custom_hooks[0].update(score_iters=1, calib_iters=1)
+        cfg.custom_hooks[0].update(score_batches=1, calib_batches=1)
         cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=1)
         cfg.log_level = 'ERROR'
         cfg.dump(root / 'pm.py')
         self.cfg = cfg
         dense_checkpoint(cfg, root)
         cfg = copy.deepcopy(cfg)
+        cfg.model.backbone.compression = dict(type='paper', keep_rate=0.7)
+        cfg.dump(root / 'paper.py')
         cfg.model.backbone.compression = None
-        cfg.model.decode_head.compression = None
         cfg.custom_hooks = []
         cfg.dump(root / 'dense.py')
         torch.save(dict(state_dict=self.compressed), root / 'pm.pth')
 
     @cached_property
     def compressed(self) -> dict[str, torch.Tensor]:
-        """State of a compressed model, from random scores."""
+        """State of a compressed model."""
+        return self._compressed('pm.py')
+
+    @cached_property
+    def paper(self) -> dict[str, torch.Tensor]:
+        """The same with the paper's compression, from random scores."""
+        return self._compressed('paper.py')
+
+    def _compressed(self, config: str) -> dict[str, torch.Tensor]:
         init_default_scope('mmseg')
-        model = MODELS.build(self.cfg.model)
+        model = MODELS.build(Config.fromfile(self(config)).model)
         state = torch.load(self.root / 'dense.pth')['state_dict']
         model.load_state_dict(state)
-        for module in (model.backbone, model.decode_head):
-            compressor = module.compressor
-            compressor.budget = 'layer'
+        compressor = model.backbone.compressor
+        if compressor.needs_scores:
             compressor.set_scores(torch.rand_like(compressor.scores) + 0.1)
+        compressor.settle()
         return model.state_dict()
 
     def __call__(self, name: str) -> str:
@@ -111,7 +125,8 @@ class Workspace:
         return (
             path.suffix in ('.log', '.json')
             or 'vis_data' in parts
-            or path.name in ('.lock', 'pm.py', 'dense.py', 'faulty.py')
+            or path.name in ('.lock', 'faulty.py')
+            or path.name in ('pm.py', 'paper.py', 'dense.py')
         )
 
     # ------------------------------------------------------------ the tools
@@ -128,9 +143,14 @@ class Workspace:
             + (['--cfg-options', *options] if options else [])
         )
 
-    def compress(self, *flags: str, checkpoint: str = 'dense.pth') -> None:
+    def compress(
+        self,
+        *flags: str,
+        checkpoint: str = 'dense.pth',
+        config: str = 'pm.py',
+    ) -> None:
         out = [] if '--out' in flags else ['--out', self('out.pth')]
-        compress.main([self('pm.py'), self(checkpoint), *out, *flags])
+        compress.main([self(config), self(checkpoint), *out, *flags])
 
     def tune(self, *options: str) -> None:
         """Train from the compressed checkpoint: no scoring, quick."""
@@ -207,69 +227,102 @@ def stderr_is_the_message() -> Iterator[None]:
 # -------------------------------------------------------------- the options
 
 
-@case('`keep` of 0', 'keep=0.0', '(0, 1]', 'for example keep=0.7')
+OPTION = 'model.backbone.compression.'
+
+
+@case('`keep` of 0', 'keep=0.0', '(0, 1]', 'for example --keep=0.5')
 def keep_zero(ws: Workspace) -> None:
     with stderr_is_the_message():
         ws.compress('--keep', '0')
 
 
-@case('`keep` above 1', 'keep=1.5', '(0, 1]', 'for example keep=0.7')
+@case('`keep` above 1', 'keep=1.5', '(0, 1]', 'for example keep=0.5')
 def keep_high(ws: Workspace) -> None:
-    ws.train('model.backbone.compression.keep=1.5')
+    ws.train(f'{OPTION}keep=1.5')
 
 
-@case('`keep` is no number', "keep='much'", 'expected a number', 'keep=0.1')
+@case('`keep` is no number', "keep='much'", '(0, 1]', 'for example keep=0.5')
 def keep_text(ws: Workspace) -> None:
-    ws.train('model.backbone.compression.keep=much')
-
-
-@case('`keep` + `prune` above 1', 'keep=0.7', 'prune=0.5', 'lower one')
-def keep_and_prune(ws: Workspace) -> None:
-    ws.train(
-        'model.backbone.compression.keep=0.7',
-        'model.backbone.compression.prune=0.5',
-    )
-
-
-@case('`prune` with similarity groups', 'prune=0.2', 'prune=0 only')
-def prune_matching(ws: Workspace) -> None:
-    ws.train(
-        'model.backbone.compression.prune=0.2',
-        'model.backbone.compression.builder=matching',
-    )
-
-
-@case('a layer that is not there', 'layers=[1, 12]', '0..1')
-def layers_out_of_range(ws: Workspace) -> None:
-    ws.train('model.backbone.compression.layers=[1,12]')
-
-
-@case('no layer at all', 'layers=[]', 'at least one')
-def layers_empty(ws: Workspace) -> None:
-    ws.train('model.backbone.compression.layers=[]')
-
-
-@case('an unknown option', "'kepe'", 'see pm_seg.core for the options')
-def unknown_option(ws: Workspace) -> None:
-    ws.train('model.backbone.compression.kepe=0.5')
+    ws.train(f'{OPTION}keep=much')
 
 
 @case(
-    'no centre in a layer',
-    'layer 1 would keep none of its 16 tokens', 'raise keep',
+    '`keep` below what a schedule can',
+    'keep=0.3 is out of reach', 'is its least', 'keep more', 'a lower first',
+)  # fmt: skip
+def keep_unreachable(ws: Workspace) -> None:
+    ws.train(f'{OPTION}keep=0.3', f'{OPTION}first=1')
+
+
+@case(
+    'a target that cannot be met',
+    'share=0.01 cannot be met', 'the least found is share=0.4', 'ask for',
+)  # fmt: skip
+def target_unreachable(ws: Workspace) -> None:
+    ws.compress('--target', 'share=0.01')
+
+
+@case('an unknown option', 'kepe=0.5', "did you mean 'keep'?", 'schedule')
+def unknown_option(ws: Workspace) -> None:
+    ws.train(f'{OPTION}kepe=0.5')
+
+
+@case('an unknown type', "type='papier'", "did you mean 'paper'?", 'tome')
+def unknown_type(ws: Workspace) -> None:
+    ws.train(f'{OPTION}type=papier')
+
+
+@case("an option's unknown value", "restore='all'", 'residual', 'replace')
+def unknown_value(ws: Workspace) -> None:
+    ws.train(f'{OPTION}restore=all')
+
+
+@case('`keep` for the paper', 'keep=0.5', "did you mean 'keep_rate'?")
+def keep_for_paper(ws: Workspace) -> None:
+    ws.train(f'{OPTION}keep=0.5', config='paper.py')
+
+
+@case('the paper: rates above 1', 'keep_rate=0.7', 'prune_rate=0.5', 'lower')
+def rates_high(ws: Workspace) -> None:
+    ws.train(f'{OPTION}prune_rate=0.5', config='paper.py')
+
+
+@case('the paper: a layer that is not there', 'layers=[1, 12]', '0..1')
+def layers_out_of_range(ws: Workspace) -> None:
+    ws.train(f'{OPTION}layers=[1,12]', config='paper.py')
+
+
+@case('the paper: no layer at all', 'layers=[]', 'at least one')
+def layers_empty(ws: Workspace) -> None:
+    ws.train(f'{OPTION}layers=[]', config='paper.py')
+
+
+SHAPE = EncoderShape(2, (4, 4), 1, 8, 4, LayerCost(1, 1, 1))
+
+
+@case(
+    'the paper: no token left in a layer',
+    'layer 1 would keep none of its tokens', 'keep more',
 )  # fmt: skip
 def zero_centres(ws: Workspace) -> None:
     scores = torch.rand(2, 16) + 0.1
     scores[1] = 0.1  # flat, below all thresholds after normalisation
     scores[0, :4] = 9
-    TokenCompressor(
-        2, (4, 4), 1, keep=0.1, budget='global', decay=0.9
+    StaticCompressor(
+        SHAPE, keep_rate=0.1, threshold='global', decay=0.9
     ).set_scores(scores)
 
 
-@case('zero groups by hand', 'num_groups=[0, 4]', 'in 1..16')
+@case('the paper: zero groups by hand', 'num_groups=[0, 4]', '1..16')
 def zero_groups(ws: Workspace) -> None:
-    TokenCompressor(2, (4, 4), 1, num_groups=[0, 4])
+    StaticCompressor(SHAPE, num_groups=[0, 4])
+
+
+@case('the paper: no images to score', 'scores need images', "type='pm'")
+def nothing_to_score(ws: Workspace) -> None:
+    init_default_scope('mmseg')
+    model = MODELS.build(Config.fromfile(ws('paper.py')).model)
+    run_compression(model)
 
 
 # ------------------------------------------------------------------- scores
@@ -280,7 +333,7 @@ def _scores(value: float) -> None:
     scores[1, 3:] = value
     if value == 0:
         scores[1] = 0
-    TokenCompressor(2, (4, 4), 1, budget='layer').set_scores(scores)
+    StaticCompressor(SHAPE).set_scores(scores)
 
 
 @case('scores with NaN', 'layer 1', 'NaN or inf', 'gather them again')
@@ -303,18 +356,29 @@ def scores_zero(ws: Workspace) -> None:
     _scores(0.0)
 
 
-@case('scores of another grid', '(2, 25)', '(2, 16)', '4x4 grid')
+@case('scores of another grid', '(2, 25)', '(2, 16)', '(4, 4)')
 def scores_grid(ws: Workspace) -> None:
-    TokenCompressor(2, (4, 4), 1).set_scores(torch.rand(2, 25))
+    StaticCompressor(SHAPE).set_scores(torch.rand(2, 25))
+
+
+@case(
+    'scores of crops of another size',
+    'got 64 patch tokens', 'expected 16', 'img_size',
+)  # fmt: skip
+def crops_of_another_size(ws: Workspace) -> None:
+    ws.compress(
+        '--cfg-options', 'model.data_preprocessor.size=(128,128)',
+        config='paper.py',
+    )  # fmt: skip
 
 
 @case('NaN scores in a checkpoint', 'layer 1', 'NaN or inf', 'gather')
 def checkpoint_scores_nan(ws: Workspace) -> None:
-    state = {k: v.clone() for k, v in ws.compressed.items()}
+    state = {k: v.clone() for k, v in ws.paper.items()}
     state['backbone.compressor.scores'][1, 0] = float('nan')
     torch.save(dict(state_dict=state), ws('nan.pth'))
     try:
-        ws.compress('--keep', '0.3', checkpoint='nan.pth')
+        ws.compress('--keep', '0.5', checkpoint='nan.pth', config='paper.py')
     finally:
         os.remove(ws('nan.pth'))
 
@@ -328,14 +392,6 @@ def checkpoint_scores_nan(ws: Workspace) -> None:
 )  # fmt: skip
 def checkpoint_grid(ws: Workspace) -> None:
     ws.test('pm.pth', 'model.backbone.img_size=(96,96)')
-
-
-@case(
-    "a head's grid that is not the crop's",
-    'got 16 patch tokens', 'expected 64', 'grid in the compression',
-)  # fmt: skip
-def head_grid(ws: Workspace) -> None:
-    ws.compress('--cfg-options', 'model.decode_head.compression.grid=(8,8)')
 
 
 @case('`img_size` below a patch', '8x8', '16x16', 'set img_size')
@@ -400,19 +456,44 @@ def checkpoint_missing(ws: Workspace) -> None:
 
 
 @case(
-    'a dense checkpoint, a compressed config',
-    'come from a dense checkpoint', 'tools/compress.py', 'compression=None',
+    'a dense checkpoint, the paper\'s config',
+    'there is no structure yet', 'tools/compress.py', 'compression=None',
 )  # fmt: skip
-def dense_for_compressed(ws: Workspace) -> None:
-    ws.test('dense.pth')
+def dense_for_paper(ws: Workspace) -> None:
+    ws.test('dense.pth', config='paper.py')
 
 
 @case(
     'a compressed checkpoint, a dense config',
-    'it is a compressed checkpoint', 'the config is dense', 'give the config',
+    'it is a compressed checkpoint', 'the model is dense', 'give its config',
 )  # fmt: skip
 def compressed_for_dense(ws: Workspace) -> None:
     ws.test('pm.pth', config='dense.py')
+
+
+@case(
+    'a checkpoint compressed in another way',
+    'compressed in another way', 'dense checkpoint', 'tools/compress.py',
+)  # fmt: skip
+def compressed_otherwise(ws: Workspace) -> None:
+    ws.test('pm.pth', config='paper.py')
+
+
+@case(
+    'a checkpoint compressed with pm_seg 0.1',
+    'pm_seg 0.1', 'dense checkpoint', 'tools/compress.py',
+)  # fmt: skip
+def compressed_before(ws: Workspace) -> None:
+    state = torch.load(ws('dense.pth'))['state_dict']
+    for module, layers in (('backbone', 2), ('decode_head', 1)):
+        for name in ('scores', 'group', 'merge_weight', 'restore_weight'):
+            values = torch.ones(layers, 16)
+            state[f'{module}.compressor.{name}'] = values
+    torch.save(dict(state_dict=state), ws('bad.pth'))
+    try:
+        ws.test('bad.pth')
+    finally:
+        os.remove(ws('bad.pth'))
 
 
 @contextmanager
@@ -578,7 +659,7 @@ def disk_full_compress(ws: Workspace) -> None:
     shutil.copy(ws('pm.pth'), ws('out.pth'))
     try:
         with full_disk(200_000):
-            ws.compress('--keep', '0.3', checkpoint='pm.pth')
+            ws.compress('--keep', '0.5', checkpoint='pm.pth')
         # what stood there stays
     finally:
         same = (

@@ -17,7 +17,7 @@ from mmpretrain.registry import MODELS
 from mmseg.registry import MODELS as SEG_MODELS
 from torch import Tensor, nn
 
-from pm_seg.core import TokenCompressor
+from pm_seg.core import Compressor, EncoderShape, LayerCost, make_compressor
 
 State = dict[str, Tensor]
 
@@ -265,7 +265,7 @@ def build_classifier(model: dict, state: State) -> Callable[[Tensor], Tensor]:
         tokens = [vit.cls_token, getattr(vit, 'dist_token', None)]
         tokens = [t.expand(len(x), -1, -1) for t in tokens if t is not None]
         x = torch.cat([*tokens, x], 1) + vit.pos_embed
-        x, _ = compressor.run(vit.layers, x, tuple(grid))
+        x = compressor.run(vit.layers, x, tuple(grid)).last
         out = vit._format_output(vit.ln1(x), grid)
         return built.head((out,))
 
@@ -274,13 +274,19 @@ def build_classifier(model: dict, state: State) -> Callable[[Tensor], Tensor]:
 
 def _split_compressor(
     backbone: dict, options: dict, state: State
-) -> tuple[TokenCompressor, State]:
+) -> tuple[Compressor, State]:
     grid = tuple(n // backbone['patch_size'] for n in backbone['img_size'])
     layers = part(state, 'backbone.layers.')
-    positions = state['backbone.pos_embed'].shape[1]
-    depth = len({key.split('.')[0] for key in layers})
-    prefix = positions - grid[0] * grid[1]
-    compressor = TokenCompressor(depth, grid, prefix, **options)
+    _, positions, dims = state['backbone.pos_embed'].shape
+    shape = EncoderShape(
+        depth=len({key.split('.')[0] for key in layers}),
+        grid=grid,
+        num_prefix=positions - grid[0] * grid[1],
+        dims=dims,
+        key_dims=dims,
+        cost=LayerCost(0, 0, 0),
+    )
+    compressor = make_compressor(options, shape)
     compressor.load_state_dict(part(state, 'backbone.compressor.'))
     rest = {
         key: value for key, value in state.items() if '.compressor.' not in key

@@ -1,7 +1,7 @@
 """Kills runs at random moments and compares what they end with.
 
-``python tests/kill_runs.py --runs 20`` scores, compresses and fine-tunes a
-small Segmenter with everything random on, sends the process SIGKILL at a
+``python tests/kill_runs.py --runs 20`` calibrates, compresses and fine-tunes
+a small Segmenter with everything random on, sends the process SIGKILL at a
 random moment, goes on with ``--resume``, and prints a table.
 """
 
@@ -91,8 +91,8 @@ def milestones(log: Path) -> list[str]:
     found = ['starting']
     for line in log.read_text().splitlines() if log.exists() else ():
         for pattern, text in (
-            (r'Scoring batches \[(\d+/\d+)\]', 'scored batch {}'),
-            (r'Measuring layers \[(\d+/\d+)\]', 'measured {}'),
+            (r'Importance of tokens \[(\d+/\d+)\]', 'fitted batch {}'),
+            (r'Ways to merge \[(\d+/\d+)\]', 'tried {}'),
             (r'Distilling from', 'compressed'),
             (r'Saving checkpoint at (\d+)', 'saving iteration {}'),
             (r'Iter\(train\) +\[ *(\d+/\d+)\]', 'trained {}'),

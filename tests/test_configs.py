@@ -14,6 +14,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
+from torch import nn
 
 CONFIGS = sorted(
     str(path.relative_to(ROOT / 'configs'))
@@ -33,6 +34,7 @@ def test_the_promised_configs_are_there() -> None:
     for size in 'tsbl':
         assert f'segmenter_vit-{size}_ade20k.py' in CONFIGS
         assert f'segmenter_vit-{size}_pm_ade20k.py' in CONFIGS
+        assert f'segmenter_vit-{size}_pm-paper_ade20k.py' in CONFIGS
     assert 'segmenter_vit-t_camvid.py' in CONFIGS
     assert 'segmenter_vit-t_pm_camvid.py' in CONFIGS
     for size in 'sl':
@@ -70,15 +72,7 @@ def build_and_run(name: str) -> None:
     cfg.model.pretrained = None
     model = MODELS.build(cfg.model).eval()
     size = cfg.model.data_preprocessor.size
-    modules = [model.backbone, model.decode_head]
-    assert all(
-        (module.compressor is not None) == ('_pm_' in name)
-        for module in modules
-    )
-    for module in modules:
-        if module.compressor:
-            scores = torch.rand_like(module.compressor.scores) + 0.1
-            module.compressor.set_scores(scores)
+    prepare(model.backbone, name)
     with torch.no_grad():
         out = model(torch.zeros(1, 3, *size))
     classes = cfg.model.decode_head.num_classes
@@ -93,16 +87,26 @@ def build_and_run(name: str) -> None:
         assert tuple(model.test_cfg.crop_size) == tuple(size)
 
 
+def prepare(backbone: nn.Module, name: str) -> None:
+    """Compressed as the file's name says, and ready to run."""
+    compressor = backbone.compressor
+    assert (compressor is not None) == ('_pm' in name)
+    if compressor is None:
+        return
+    assert compressor.needs_scores == ('_pm-paper_' in name)
+    if compressor.needs_scores:
+        compressor.set_scores(torch.rand_like(compressor.scores) + 0.1)
+    else:
+        assert 0.4 <= compressor.share <= compressor.keep <= 0.8
+
+
 def build_and_classify(name: str) -> None:
     pytest.importorskip('mmpretrain')
     cfg = read(name)
     assert cfg.default_scope == 'mmpretrain'
     init_default_scope(cfg.default_scope)
     model = ROOT_MODELS.build(cfg.model).eval()
-    compressor = model.backbone.compressor
-    assert (compressor is not None) == ('_pm_' in name)
-    if compressor:
-        compressor.set_scores(torch.rand_like(compressor.scores) + 0.1)
+    prepare(model.backbone, name)
     with torch.no_grad():
         out = model(torch.zeros(1, 3, 224, 224))
     assert out.shape == (1, cfg.model.head.num_classes)
@@ -116,13 +120,33 @@ def build_and_classify(name: str) -> None:
 def test_pm_configs_differ_from_their_dense_twin_in_compression(name) -> None:
     pm, dense = read(name).model, read(name.replace('_pm_', '_')).model
     assert pm.backbone.pop('compression') and 'compression' not in dense
-    assert pm.decode_head.pop('compression')
     dense.pop('pretrained', None)
     assert pm.pop('type') == 'Distilled' + dense.pop('type')
     teacher = pm.pop('teacher')
     if 'demo' not in name:
         assert teacher == dict(alpha=1.0, tau=20.0), 'the paper'
     assert pm == dense
+
+
+@pytest.mark.parametrize('name', [n for n in CONFIGS if '_pm-paper_' in n])
+def test_the_papers_configs_are_ours_with_its_compression(name: str) -> None:
+    """At its rates: a global threshold and pruning in classifiers."""
+    paper, ours = read(name), read(name.replace('_pm-paper_', '_pm_'))
+    found = paper.model.backbone.pop('compression')
+    ours.model.backbone.pop('compression')
+    assert paper.to_dict() == ours.to_dict()
+    if name in SEGMENTERS:
+        layers = list(range(1, paper.model.backbone.num_layers))
+        expected = dict(keep_rate=0.7, threshold='layer', layers=layers)
+    else:
+        small = 'tiny' in name or 'small' in name
+        expected = dict(
+            keep_rate=0.7 if small else 0.6,
+            prune_rate=0.1,
+            threshold='global',
+            decay=0.025,
+        )
+    assert found == dict(type='paper', **expected)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +165,9 @@ def test_pm_classifiers_differ_from_their_dense_twin(name: str) -> None:
 
 @pytest.mark.parametrize('name', [n for n in CLASSIFIERS if '_in1k.py' in n])
 def test_classifiers_are_those_of_mmpretrain(name: str) -> None:
-    """Architecture, pre-processing and checkpoint; keep as in the paper."""
+    """Architecture, pre-processing and checkpoint."""
     mmpretrain = pytest.importorskip('mmpretrain')
-    kind = Path(name).name.removesuffix('_pm_in1k.py')
+    kind = Path(name).name.split('_pm')[0]
     stock_name = {
         'deit-tiny': 'deit/deit-tiny_4xb256',
         'deit-small': 'deit/deit-small_4xb256',
@@ -157,8 +181,7 @@ def test_classifiers_are_those_of_mmpretrain(name: str) -> None:
     metafile = folder / stock_name.split('/')[0] / 'metafile.yml'
     assert urlparse(ours.load_from).path in metafile.read_text()
     a, b = ours.model, stock.model
-    small = 'tiny' in name or 'small' in name
-    assert a.backbone.pop('compression').keep == (0.7 if small else 0.6)
+    a.backbone.pop('compression')
     assert a.backbone.pop('type') == 'PM' + b.backbone.pop('type')
     a.backbone.setdefault('drop_path_rate', 0.0)
     b.backbone.setdefault('drop_path_rate', 0.0)

@@ -15,8 +15,13 @@ from helpers import shared_path
 from torch import Tensor
 
 from pm_seg.convert import CONVERTERS, Converted, Hints, read_source
-from pm_seg.core import TokenCompressor
-from pm_seg.core.structure import Grid
+from pm_seg.core import (
+    EncoderShape,
+    LayerCost,
+    StaticCompressor,
+    make_compressor,
+)
+from pm_seg.core.merging import Grid
 
 VIT = 'golden/pm_vit_keep0.6_prune0.1.npz'
 SEGMENTER = 'golden/pm_segmenter_keep0.7.npz'
@@ -29,13 +34,15 @@ def load(name: str) -> dict[str, Tensor]:
 
 def restructure(
     kind: str, name: str, grid: Grid, options: dict
-) -> tuple[Converted, TokenCompressor]:
+) -> tuple[Converted, StaticCompressor]:
     """Convert a golden and build its structure from its scores."""
     source = read_source(shared_path(name))
     converted = CONVERTERS[kind](source.state, Hints.of(source))
-    compressor = TokenCompressor(12, grid, 1, **options)
-    compressor.set_scores(source.facts['scores'])
     state = converted.state_dict
+    dims = state['backbone.pos_embed'].shape[2]
+    shape = EncoderShape(12, grid, 1, dims, dims, LayerCost(1, 1, 1))
+    compressor = make_compressor(options, shape)
+    compressor.set_scores(source.facts['scores'])
     for key in [key for key in state if '.compressor.' in key]:
         del state[key]
     for key, value in compressor.state_dict().items():
@@ -48,11 +55,11 @@ def restructure(
 def test_classification_release(matrices: str) -> None:
     golden = load(VIT)
     options = dict(
-        keep=float(golden['keep']),
-        prune=float(golden['prune']),
+        type='paper',
+        keep_rate=float(golden['keep']),
+        prune_rate=float(golden['prune']),
         decay=0.025,
-        budget='global',
-        builder='row_window',
+        threshold='global',
         restore='replace',
         matrices=matrices,
         num_groups=(golden['channels'] - 1).tolist()
@@ -60,15 +67,14 @@ def test_classification_release(matrices: str) -> None:
         else None,
     )
     converted, compressor = restructure('pm-vit', VIT, (14, 14), options)
-    assert [n + 1 for n in compressor.num_groups] == (
-        golden['channels'].tolist()
-    )
+    slots = [load.kept + 1 for load in compressor.loads()]
+    assert slots == golden['channels'].tolist()
     for layer, token_map in enumerate(compressor.token_maps((14, 14))):
         if matrices == 'sparse':
             token_map = token_map.to_dense()
         name = f'sd/blocks.{layer}.attn'
         merge = golden[f'{name}.merge_matrix']
-        close(token_map.merge_matrix, merge)
+        close(token_map.merge_matrix, merge, 2e-7)
         close(token_map.restore_matrix, golden[f'{name}.recover_matrix'])
         mask = golden[f'{name}.token_mask']
         assert torch.equal(token_map.live.float(), mask)
@@ -82,11 +88,11 @@ def test_segmentation_release(matrices: str) -> None:
     layers = golden['merge_list'].tolist()
     counts = golden['merged_tokens']
     options = dict(
-        keep=float(golden['keep']),
-        prune=float(golden['prune']),
+        type='paper',
+        keep_rate=float(golden['keep']),
+        prune_rate=float(golden['prune']),
         layers=layers,
-        budget='layer',
-        builder='row_window',
+        threshold='layer',
         restore='replace',
         matrices=matrices,
         num_groups=(counts[layers] - 1).tolist()
@@ -96,14 +102,16 @@ def test_segmentation_release(matrices: str) -> None:
     converted, compressor = restructure(
         'pm-segmenter', SEGMENTER, (8, 8), options
     )
-    assert [n + 1 for n in compressor.num_groups] == counts.tolist()
+    slots = [load.kept + 1 for load in compressor.loads()]
+    assert slots == counts.tolist()
     maps = compressor.token_maps((8, 8))
     for layer in layers:
         token_map = maps[layer]
         if matrices == 'sparse':
             token_map = token_map.to_dense()
         name = f'sd/encoder.blocks.{layer}'
-        close(token_map.merge_matrix, golden[f'{name}.merge_matrix'])
+        merge = golden[f'{name}.merge_matrix']
+        close(token_map.merge_matrix, merge, 2e-7)
         close(token_map.restore_matrix, golden[f'{name}.recover_matrix'])
     model = build_segmentor(converted.model, converted.state_dict)
     with torch.no_grad():

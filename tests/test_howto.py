@@ -47,9 +47,7 @@ def compressed(config: str | Path, checkpoint: Path) -> None:
     model = MODELS.build(cfg.model)
     model.init_weights()
     for module in require_compressible(model).values():
-        compressor = module.compressor
-        compressor.budget = 'layer'
-        compressor.set_scores(torch.rand_like(compressor.scores))
+        module.compressor.settle()
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     count = cfg.model.decode_head.num_classes
     meta = dict(
@@ -64,8 +62,10 @@ def test_timm(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip('timm')
     monkeypatch.chdir(tmp_path)
     page = 'compress_my_model.md'
-    names = run(block(page, 'import timm') + block(page, 'torch.save'))
+    starts = ('import timm', 'pictures', 'torch.save')
+    names = run(''.join(block(page, start) for start in starts))
     assert names['logits'].shape == (1, 10)
+    assert names['small'].blocks.compressor.has_importance
     x = torch.randn(1, 3, 224, 224)
     again = names['again'].eval()
     assert torch.equal(again(x), names['small'](x))

@@ -13,7 +13,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain import ImageClassificationInferencer
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 
-from pm_seg.engine.scoring import require_compressible
+from pm_seg.engine import compress
 
 
 def save_compressed(cfg: Config, classes: tuple, folder: Path) -> list[str]:
@@ -22,10 +22,7 @@ def save_compressed(cfg: Config, classes: tuple, folder: Path) -> list[str]:
 
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
-    for module in require_compressible(model).values():
-        compressor = module.compressor
-        compressor.budget = 'layer'
-        compressor.set_scores(torch.rand_like(compressor.scores))
+    compress(model)
     checkpoint = folder / 'pm.pth'
     palette = [[10 * i, 0, 0] for i in range(len(classes))]
     meta = dict(dataset_meta=dict(classes=classes, palette=palette))
@@ -49,7 +46,7 @@ def image() -> np.ndarray:
 
 def test_init_model_and_inference_model(segmentor, image) -> None:
     model = init_model(*segmentor, device='cpu')
-    assert model.backbone.compressor.has_structure
+    assert model.backbone.compressor.compressed
     result = inference_model(model, image)
     assert result.pred_sem_seg.data.shape == (1, 70, 90)
     several = inference_model(model, [image, image[:, ::-1].copy()])
@@ -70,7 +67,7 @@ def test_image_classification_inferencer(tmp_path: Path, image) -> None:
         ROOT / 'configs/classification/vit-tiny_pm_in1k_samples.py'
     )
     cfg.model.backbone.arch = dict(
-        embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=48
+        embed_dims=24, num_layers=4, num_heads=3, feedforward_channels=48
     )
     cfg.model.head.update(in_channels=24, num_classes=5)
     cfg.model.data_preprocessor.num_classes = 5
@@ -81,7 +78,7 @@ def test_image_classification_inferencer(tmp_path: Path, image) -> None:
     inferencer = ImageClassificationInferencer(
         config, pretrained=checkpoint, device='cpu'
     )
-    assert inferencer.model.backbone.compressor.has_structure
+    assert inferencer.model.backbone.compressor.compressed
     result = inferencer(image)[0]
     assert result['pred_class'] in names
     assert result['pred_scores'].sum() == pytest.approx(1, abs=1e-5)

@@ -24,8 +24,11 @@ def test_core_needs_torch_alone(tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules.update({n: None for n in ('mmseg', 'mmcv', "
         "'mmengine', 'mmpretrain')}); import torch, pm_seg.core as c; "
-        'm = c.TokenCompressor(2, (4, 4), 1); '
-        'm.set_scores(torch.rand(2, 16)); print(m.num_groups)'
+        'cost = c.LayerCost(2304, 4608, 48); '
+        'shape = c.EncoderShape(4, (4, 4), 1, 24, 8, cost); '
+        'm = c.make_compressor(dict(keep=0.6), shape); '
+        'x = torch.rand(1, 17, 24); layers = [lambda x, size=None: x] * 4; '
+        'assert torch.equal(m.run(layers, x, (4, 4)).last, x)'
     )
     subprocess.run(
         [sys.executable, '-c', script], cwd=tmp_path / 'site', check=True

@@ -26,12 +26,12 @@ RUN_BY: dict[str, str | list[str]] = {
     'pip install -r requirements/mminstall.txt': MAKE,
     'pip install -e .': MAKE,
     'python tools/train.py configs/segmenter_vit-s_pm_ade20k.py': ADE20K,
-    'python tools/compress.py CONFIG DENSE.pth --out PM.pth --keep 0.7': [
-        '--score-iters', '2',
+    'python tools/compress.py CONFIG DENSE.pth --out PM.pth --keep 0.5': [
+        '--calib-batches', '1',
     ],
     'python tools/test.py CONFIG PM.pth --show-dir pictures': [],
     'python tools/benchmark.py CONFIG --modes eager compiled': [
-        '--rounds', '2', '--modes', 'eager', '--share', '0.9',
+        '--rounds', '2', '--modes', 'eager', '--keep', '0.9',
     ],
     'python tools/export_onnx.py CONFIG PM.pth --out PM.onnx': [],
     'python tools/visualize.py CONFIG PM.pth IMAGES --out-dir pictures':

@@ -147,7 +147,7 @@ def test_no_network(ws: Workspace, monkeypatch) -> None:
         monkeypatch.setattr(socket, name, closed)
     with pytest.raises(AssertionError, match='network access'):
         socket.create_connection(('127.0.0.1', 9))
-    ws.compress('--score-iters', '1')
+    ws.compress('--calib-batches', '1')
     ws.test('out.pth')
     ws.train(f'load_from={ws("out.pth")}', 'train_cfg.max_iters=1')
     os.remove(ws('out.pth'))

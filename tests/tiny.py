@@ -17,10 +17,12 @@ PREPROCESSOR = dict(
 )
 
 
-def build(compression=True, with_cp=False, head=True, **options):
+def build(compression: bool = True, with_cp: bool = False, **options):
     """A tiny segmentor; options are those of its compression."""
     init_default_scope('mmseg')
     torch.manual_seed(0)
+    if options.get('type') != 'paper':
+        options.setdefault('keep', 0.5)
     model = MODELS.build(
         dict(
             type='EncoderDecoder',
@@ -33,7 +35,7 @@ def build(compression=True, with_cp=False, head=True, **options):
                 num_heads=3,
                 drop_path_rate=0.5,
                 drop_rate=0.2,
-                compression=dict(keep=0.5, **options) if compression else None,
+                compression=options if compression else None,
                 with_cp=with_cp,
             ),
             decode_head=dict(
@@ -46,9 +48,6 @@ def build(compression=True, with_cp=False, head=True, **options):
                 embed_dims=24,
                 dropout_ratio=0.3,
                 loss_decode=dict(type='CrossEntropyLoss'),
-                compression=dict(grid=(4, 4), keep=0.5, **options)
-                if compression and head
-                else None,
             ),
         )
     )

@@ -13,6 +13,8 @@ import re
 import textwrap
 from pathlib import Path
 
+from mmengine.hooks import Hook
+
 TARGET = Path(__file__).resolve().parents[1] / 'docs' / 'api.md'
 
 #: Sections of the page: title, module, and names (None for its ``__all__``).
@@ -22,16 +24,70 @@ SECTIONS = (
         'pm_seg.api',
         ('compress_model', 'make_compressible'),
     ),
-    ('Backbones for mmseg', 'pm_seg.models', None),
     (
-        'Backbones for mmpretrain',
+        'mmseg',
+        'pm_seg.models',
+        (
+            'PMVisionTransformer',
+            'PMSegmenterMaskTransformerHead',
+            'DistilledEncoderDecoder',
+        ),
+    ),
+    ('Heads of your own', 'pm_seg.models.features', ('FeatureMaps',)),
+    (
+        'mmpretrain',
         'pm_seg.models.backbones.pretrain_vit',
         ('PMVisionTransformer', 'PMDistilledVisionTransformer'),
     ),
-    ('Classifiers', 'pm_seg.models.classifiers', None),
+    (
+        'mmpretrain: classifiers',
+        'pm_seg.models.classifiers',
+        ('DistilledImageClassifier',),
+    ),
     ('Compression and training', 'pm_seg.engine', None),
     ('Datasets', 'pm_seg.datasets', None),
-    ('Core: plain PyTorch', 'pm_seg.core', None),
+    (
+        'Core: tokens that merge over depth',
+        'pm_seg.core',
+        (
+            'make_compressor',
+            'ProgressiveCompressor',
+            'match',
+            'match_windows',
+            'Merge',
+            'TokenGroups',
+            'ImportanceFitter',
+        ),
+    ),
+    (
+        "Core: the paper's groups by position",
+        'pm_seg.core',
+        (
+            'StaticCompressor',
+            'TokenMap',
+            'DenseTokenMap',
+            'ScoreRecorder',
+            'value_gradient_scores',
+            'normalise_scores',
+            'count_tokens',
+            'row_window_groups',
+            'group_weights',
+        ),
+    ),
+    (
+        'Core: what all kinds share',
+        'pm_seg.core',
+        (
+            'Compressor',
+            'EncoderShape',
+            'Layer',
+            'LayerCost',
+            'LayerLoad',
+            'Outputs',
+            'GroupRecorder',
+            'run_dense',
+        ),
+    ),
 )
 
 HEADER = """# Python interface
@@ -43,7 +99,14 @@ Classes with a registry need no import in a config: they are `type='...'`.
 _SECTION = re.compile(
     r'^(Args|Attributes|Returns|Raises|Yields|Example|Examples):$'
 )
-_ROLE = re.compile(r':\w+:`~?([^`]+)`')
+_ROLE = re.compile(r':(\w+):`~?([^`]+)`')
+
+
+def _target(match: re.Match) -> str:
+    """A role as code: modules in full, methods with their class."""
+    role, name = match.groups()
+    parts = {'mod': 0, 'meth': 2, 'attr': 2}.get(role, 1)
+    return f'`{".".join(name.split(".")[-parts:])}`'
 
 
 def render(obj: object, title: str, level: int) -> list[str]:
@@ -56,7 +119,7 @@ def render(obj: object, title: str, level: int) -> list[str]:
             text = f'{title.rsplit(".", 1)[-1]}{inspect.signature(obj)}'
         except (TypeError, ValueError):
             text = ''
-        if text:
+        if text and not getattr(obj, '_is_protocol', False):
             lines += ['```python', *_wrapped(text), '```', '']
     return lines + _docstring(inspect.getdoc(obj) or '')
 
@@ -64,6 +127,7 @@ def render(obj: object, title: str, level: int) -> list[str]:
 def _wrapped(signature: str) -> list[str]:
     """A signature, one parameter in each line if it is long."""
     signature = re.sub(r"(: |-> )'([^']*)'", r'\1\2', signature)
+    signature = re.sub(r"ForwardRef\('([^']*)'\)", r'\1', signature)
     if len(signature) <= 79:
         return [signature]
     head, rest = signature.split('(', 1)
@@ -80,7 +144,7 @@ def _wrapped(signature: str) -> list[str]:
 
 def _docstring(text: str) -> list[str]:
     """Google sections as lists, roles and double backticks as code."""
-    text = _ROLE.sub(lambda match: f'`{match[1].rsplit(".", 1)[-1]}`', text)
+    text = _ROLE.sub(_target, text)
     text = text.replace('``', '`')
     lines, section, block = [], None, []
 
@@ -121,13 +185,19 @@ def _docstring(text: str) -> list[str]:
 
 
 def members(cls: type) -> list[tuple[str, object]]:
-    """Documented public methods and properties a class defines itself."""
+    """Documented public methods and properties a class defines itself.
+
+    None of hooks: it is mmengine that calls them.
+    """
     found = []
+    if issubclass(cls, Hook):
+        return found
     for name, value in vars(cls).items():
         if isinstance(value, (classmethod, staticmethod)):
             value = value.__func__
         known = inspect.isfunction(value) or isinstance(value, property)
-        if known and not name.startswith('_') and value.__doc__:
+        public = not name.startswith('_') or name == '__call__'
+        if known and public and value.__doc__:
             found.append((name, value))
     return found
 
@@ -135,8 +205,12 @@ def members(cls: type) -> list[tuple[str, object]]:
 def page() -> str:
     """The whole page."""
     lines = [HEADER]
+    shown_names: dict[str, set[str]] = {}
     for title, module_name, names in SECTIONS:
         module = importlib.import_module(module_name)
+        shown_names.setdefault(module_name, set()).update(
+            names or module.__all__
+        )
         shown = module_name.removesuffix('.api')
         lines += [f'## {title}', '', f'`{shown}`', '']
         for name in names or module.__all__:
@@ -147,6 +221,18 @@ def page() -> str:
             if inspect.isclass(obj):
                 for member, value in members(obj):
                     lines += render(value, f'{name}.{member}', 4)
+    for module_name, names in shown_names.items():
+        module = importlib.import_module(module_name)
+        public = {
+            name
+            for name in getattr(module, '__all__', ())
+            if callable(getattr(module, name))
+        }
+        if public - names:
+            raise SystemExit(
+                f'{module_name}: {sorted(public - names)} are public and in '
+                'no section; add them to SECTIONS'
+            )
     return '\n'.join(lines).rstrip() + '\n'
 
 

@@ -1,6 +1,5 @@
 # DeiT-Ti, compressed and fine-tuned from mmpretrain's published checkpoint
-# (74.50 top-1). The paper's own form is compression=dict(keep=0.7, prune=0.1,
-# builder='row_window', restore='replace', budget='global', decay=0.025).
+# (74.50 top-1).
 _base_ = [
     '../_base_/models/deit-tiny.py',
     '../_base_/datasets/imagenet_224.py',
@@ -10,6 +9,6 @@ _base_ = [
 model = dict(
     type='DistilledImageClassifier',
     teacher=dict(alpha=1.0, tau=1.0),
-    backbone=dict(compression=dict(keep=0.7)),
+    backbone=dict(compression=dict(keep=0.5)),
 )
 load_from = 'https://download.openmmlab.com/mmclassification/v0/deit/deit-tiny_pt-4xb256_in1k_20220218-13b382a0.pth'  # noqa: E501

@@ -8,7 +8,7 @@ _base_ = [
 model = dict(
     type='DistilledImageClassifier',
     teacher=dict(alpha=1.0, tau=1.0),
-    backbone=dict(compression=dict(keep=0.7, builder='matching')),
+    backbone=dict(compression=dict(keep=0.7)),
     head=dict(num_classes=10),
 )
 load_from = 'work_dirs/vit-tiny_cifar10/epoch_3.pth'

@@ -8,11 +8,11 @@ _base_ = [
 model = dict(
     type='DistilledImageClassifier',
     teacher=dict(alpha=1.0, tau=1.0),
-    backbone=dict(compression=dict(keep=0.7, builder='matching')),
+    backbone=dict(compression=dict(keep=0.7)),
 )
 custom_hooks = [
     # 10 batches of 20: one prediction for each picture says little.
-    dict(type='PruneMergeHook', score_iters=20, calib_iters=10, evaluate=True),
+    dict(type='PruneMergeHook', calib_batches=10, evaluate=True),
     dict(type='SeedIterationHook'),
 ]
 load_from = 'checkpoints/vit-tiny_in1k.pth'

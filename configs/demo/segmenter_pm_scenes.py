@@ -4,7 +4,6 @@ model = dict(
     type='DistilledEncoderDecoder',
     teacher=dict(alpha=0.5, tau=20.0),
     backbone=dict(compression=dict(keep=0.5)),
-    decode_head=dict(compression=dict(grid=(16, 16), keep=0.5)),
 )
 max_iters = 200
 optim_wrapper = dict(optimizer=dict(lr=3e-4))
@@ -19,6 +18,6 @@ param_scheduler = [
 ]
 train_cfg = dict(max_iters=max_iters)
 custom_hooks = [
-    dict(type='PruneMergeHook', score_iters=20),
+    dict(type='PruneMergeHook'),
     dict(type='ProgressHook', title='Fine-tuning, compressed'),
 ]

@@ -1,28 +1,20 @@
-"""What the command line tools share: arguments, configs, early checks."""
+"""What the command line tools share: arguments, configs, checkpoints."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
 import yaml
-from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.device import get_device
+from mmengine.config import Config, DictAction
 from mmengine.fileio import YamlHandler, register_handler
-from mmengine.logging import MMLogger
-from mmengine.registry import RUNNERS
-from mmengine.runner import FlexibleRunner, Runner
-from mmseg.registry import DATASETS
 
 from ..stacks import installed_stacks
 from ..utils.checkpoints import (
@@ -31,19 +23,18 @@ from ..utils.checkpoints import (
     load_from_local,
     trusted,
 )
-from ..utils.quiet import is_for_people, quiet_warnings
+from ..utils.quiet import quiet_warnings
+from .data import check_data, datasets
 from .parser import command, make_parser, wrong_usage
 
 __all__ = [
-    'ToolRunner',
     'add_common_arguments',
-    'build_runner',
     'check_checkpoints',
     'check_data',
+    'check_output',
     'command',
     'fetch_checkpoint',
     'fix_teacher',
-    'join_cpu_processes',
     'load_config',
     'make_parser',
     'packaged_configs',
@@ -54,40 +45,6 @@ __all__ = [
 ]
 
 PACKAGE = Path(__file__).resolve().parents[1]
-
-_DATASET_HELP = {
-    'ADE20KDataset': (
-        'ADE20K: "python tools/prepare_ade20k.py" downloads and unpacks '
-        'ADEChallengeData2016.zip, so that images/ and annotations/ lie in '
-        'the data root.'
-    ),
-    'CamVidDataset': (
-        'CamVid: put images/{train,val,test} and annotations/'
-        '{train,val,test} (class indices 0-10, 255 ignored) in the data root.'
-    ),
-    'ImageNet': (
-        'ImageNet: put train/ and val/, with a folder of pictures for each '
-        'class, in the data root; or pictures and the annotation file the '
-        'config names.'
-    ),
-    'CityscapesDataset': (
-        'Cityscapes: unpack leftImg8bit_trainvaltest.zip and '
-        'gtFine_trainvaltest.zip in the data root, then make the '
-        '*_labelTrainIds.png: pip install cityscapesscripts; '
-        'CITYSCAPES_DATASET=DATA_ROOT csCreateTrainIdLabelImgs'
-    ),
-    'PascalContextDataset': (
-        'Pascal Context: put JPEGImages of VOC2010, SegmentationClassContext '
-        'and ImageSets/SegmentationContext in the data root; '
-        'tools/dataset_converters/pascal_context.py of mmsegmentation makes '
-        'the latter two.'
-    ),
-    'CustomDataset': 'Put a folder of pictures for each class there.',
-}
-_DATASET_FALLBACK = (
-    'No data at hand? "python tools/make_scenes.py data/scenes" draws scenes '
-    'in ADE20K layout.'
-)
 
 
 def packaged_configs() -> Path:
@@ -210,7 +167,7 @@ def load_config(args: argparse.Namespace) -> Config:
     old_root = cfg.get('data_root')
     cfg.merge_from_dict(options)
     if 'data_root' in options:
-        for dataset in _datasets(cfg):
+        for dataset in datasets(cfg):
             if old_root in (None, dataset.get('data_root')):
                 dataset.data_root = options['data_root']
     if cfg.get('data_preprocessor'):  # where mmpretrain's configs have it
@@ -220,146 +177,6 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(path).stem)
     return cfg
-
-
-def _for_people(runner: Runner | FlexibleRunner, logger: MMLogger) -> None:
-    """Say where the log file is, and leave what it alone needs to it."""
-    for handler in logger.handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.addFilter(is_for_people)
-    file = f'{runner.log_dir}/{runner.timestamp}.log'
-    logger.info(f'Config, environment and log: {file}')
-
-
-class ToolRunner(Runner):
-    """mmengine's runner, with a console for people.
-
-    The environment, the config and the order of the hooks go to the log file
-    alone, see :data:`pm_seg.utils.quiet.LOG_NOISE`.
-    """
-
-    def build_logger(self, *args, **kwargs) -> MMLogger:
-        logger = super().build_logger(*args, **kwargs)
-        _for_people(self, logger)
-        return logger
-
-
-class FlexibleToolRunner(FlexibleRunner):
-    """The same of mmengine's runner for FSDP and other strategies."""
-
-    def _log_env(self) -> None:
-        _for_people(self, self.logger)
-        super()._log_env()
-
-
-def build_runner(cfg: Config) -> Runner | FlexibleRunner:
-    """The runner of a config, its ``runner_type`` or mmengine's usual one."""
-    kind = cfg.get('runner_type', 'Runner')
-    tools = dict(Runner=ToolRunner, FlexibleRunner=FlexibleToolRunner)
-    return tools[kind].from_cfg(cfg) if kind in tools else RUNNERS.build(cfg)
-
-
-def join_cpu_processes(cfg: Config) -> None:
-    """Let ``--launcher pytorch`` work on machines without an accelerator.
-
-    mmengine's launcher asks for CUDA; here the processes are joined by gloo
-    before, which it accepts. Does nothing where there is an accelerator.
-    """
-    if cfg.launcher != 'pytorch' or get_device() != 'cpu':
-        return
-    torch.distributed.init_process_group('gloo')
-    wrapper = (cfg.get('strategy') or {}).get('model_wrapper')
-    if wrapper:  # FSDP would move to a GPU
-        wrapper.device_id = torch.device('cpu')
-    cfg.model_wrapper_cfg = dict(
-        type='MMDistributedDataParallel',
-        device_ids=None,
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False),
-    )
-
-
-def _datasets(
-    cfg: Config, loaders: tuple[str, ...] = ('train', 'val', 'test')
-) -> Iterator[ConfigDict]:
-    """Dataset dicts with a data root, those inside wrappers included."""
-
-    def walk(node: object) -> Iterator[ConfigDict]:
-        if isinstance(node, dict):
-            if 'data_root' in node:
-                yield node
-            for value in node.values():
-                yield from walk(value)
-        elif isinstance(node, (list, tuple)):
-            for value in node:
-                yield from walk(value)
-
-    for loader in loaders:
-        yield from walk(cfg.get(f'{loader}_dataloader'))
-
-
-def _data_paths(dataset: ConfigDict) -> list[Path]:
-    """Folders and files a dataset reads, as far as its config tells."""
-    root = Path(dataset.data_root or '.')
-    prefix = dataset.get('data_prefix') or ''
-    if isinstance(prefix, dict):
-        paths = [root / folder for folder in prefix.values()]
-        if dataset.get('ann_file'):
-            paths.append(root / dataset.ann_file)
-        return paths
-    if dataset.get('type') not in ('ImageNet', 'CustomDataset'):
-        return []  # may download itself
-    paths = [root / (prefix or dataset.get('split') or '')]
-    if dataset.get('ann_file'):
-        paths.append(root / dataset.ann_file)
-    return paths
-
-
-def check_data(cfg: Config, *loaders: str) -> None:
-    """Stop with one clear message if a dataset is not there.
-
-    Args:
-        cfg (Config): The config.
-        *loaders (str): Which of 'train', 'val' and 'test' are needed.
-
-    Raises:
-        SystemExit: Naming the missing folder and what to put there.
-    """
-    for dataset in _datasets(cfg, loaders):
-        for path in _data_paths(dataset):
-            if path.is_file() or (path.is_dir() and any(path.iterdir())):
-                continue
-            state = 'is empty' if path.is_dir() else 'does not exist'
-            kind = dataset.get('type', 'dataset')
-            message = (
-                f'{kind}: {path} {state}.\n'
-                f'{_DATASET_HELP.get(kind, "Put the dataset there.")}\n'
-                f'Elsewhere on disk? Add --cfg-options '
-                f'data_root=/path/to/it (now {dataset.data_root or "."}).'
-            )
-            if cfg.get('default_scope') == 'mmseg':
-                message += f'\n{_DATASET_FALLBACK}'
-            raise SystemExit(message)
-        _check_suffix(dataset)
-
-
-def _check_suffix(dataset: ConfigDict) -> None:
-    """Stop if an image folder of mmseg's holds files of another kind only."""
-    prefix = dataset.get('data_prefix') or {}
-    cls = DATASETS.get(str(dataset.get('type')))
-    if not isinstance(prefix, dict) or 'img_path' not in prefix or not cls:
-        return
-    default = inspect.signature(cls).parameters.get('img_suffix')
-    suffix = dataset.get('img_suffix', default and default.default)
-    folder = Path(dataset.data_root or '.') / prefix['img_path']
-    if not isinstance(suffix, str) or not folder.is_dir():
-        return
-    if not any(folder.rglob(f'*{suffix}')):
-        raise SystemExit(
-            f'{dataset.type}: {folder} has no file ending in {suffix}, the '
-            'dataset is empty; put images of that kind there, or set '
-            'img_suffix of the dataset to theirs'
-        )
 
 
 def check_output(path: str | Path, folder: bool = False) -> None:
@@ -455,27 +272,6 @@ def _local_rank() -> int:
     return int(os.environ.get('LOCAL_RANK', 0))
 
 
-def is_first_process() -> bool:
-    """Whether this is the first process of a distributed run, or alone."""
-    names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
-    return not any(int(os.environ.get(name, 0)) for name in names)
-
-
-#: What watches over a run of the tools.
-_TRAIN_GUARDS = ('RunGuardHook', 'InterruptHook')
-
-
-def guard_run(cfg: Config, hooks: tuple[str, ...] = _TRAIN_GUARDS) -> None:
-    """Add hooks that stop and save cleanly; save checkpoints whole."""
-    given = list(cfg.get('custom_hooks') or [])
-    present = {hook.get('type') for hook in given}
-    given += [dict(type=hook) for hook in hooks if hook not in present]
-    cfg.custom_hooks = given
-    saving = (cfg.get('default_hooks') or {}).get('checkpoint')
-    if saving and saving.get('type') == 'CheckpointHook':
-        saving.type = 'WholeCheckpointHook'
-
-
 def prepare_resume(cfg: Config) -> None:
     """Let the run go on from its own latest checkpoint, or start it.
 
@@ -521,21 +317,3 @@ def check_checkpoints(cfg: Config) -> None:
     init_cfg = (model.get('backbone') or {}).get('init_cfg')
     if isinstance(init_cfg, dict) and init_cfg.get('checkpoint'):
         init_cfg.checkpoint = fetch_checkpoint(init_cfg.checkpoint)
-
-
-def ensure_compression_hook(cfg: Config) -> None:
-    """Add ``PruneMergeHook`` to a config that compresses without it."""
-
-    def compresses(node: object) -> bool:
-        if not isinstance(node, dict):
-            return False
-        options = node.get('compression')
-        if options and options.get('type', 'prune_merge') == 'prune_merge':
-            return True
-        return any(map(compresses, node.values()))
-
-    hooks = list(cfg.get('custom_hooks') or [])
-    if compresses(cfg.model) and not any(
-        hook['type'] == 'PruneMergeHook' for hook in hooks
-    ):
-        cfg.custom_hooks = [*hooks, dict(type='PruneMergeHook')]

@@ -1,4 +1,4 @@
-"""Score and compress a dense checkpoint, without training."""
+"""Compress a dense checkpoint to a budget, without training."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import copy
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import fields
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,23 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 
-from ..core.structure import check_rates
-from ..engine.compression import calibration_loader, compress, needs_data
+from ..core.compressor import check_share
+from ..engine.compression import (
+    Measuring,
+    calibration_loader,
+    compress,
+    needs_data,
+)
 from ..engine.evaluation import compare_macs, compare_speed, evaluate
 from ..engine.html_report import CompressionReport, machine
 from ..engine.inspection import dataset_meta, inspect, test_pipeline
 from ..engine.report import describe
 from ..engine.scoring import (
-    calibrated_modules,
     require_compressible,
     uncompressed,
 )
 from ..engine.targets import TARGETS, check_target
-from ..utils import ProgressReporter
+from ..utils import median, shown_progress
 from ..utils.files import whole_files
 from ..version import __version__
 from .common import (
@@ -49,18 +53,19 @@ from .common import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
         'compress.py',
-        'Gather scores on training images, find the structure of each layer '
-        'and write a compressed checkpoint, ready for test.py or for '
-        'fine-tuning. Nothing is trained. A checkpoint that has scores '
-        'already is not scored again, so trying another --keep takes '
-        'seconds.',
+        'Write a compressed checkpoint, ready for test.py or for '
+        'fine-tuning. Nothing is trained; a few training images say which '
+        'tokens matter and how they best get fewer over depth, in about a '
+        'minute. Without that (--calib-batches 0) it takes seconds and needs '
+        'no data. A checkpoint that was compressed already is not measured '
+        'again.',
         (
-            'keep 70 % of the tokens',
+            'half of the operations of the encoder',
             'configs/segmenter_vit-t_pm_camvid.py dense.pth --out pm.pth '
-            '--keep 0.7',
+            '--keep 0.5',
         ),
         (
-            'half of the cost of the dense model',
+            'half of those of the whole model',
             'configs/segmenter_vit-t_pm_camvid.py dense.pth --out pm.pth '
             '--target share=0.5',
         ),
@@ -69,21 +74,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('checkpoint', help='dense or compressed checkpoint')
     parser.add_argument('--out', required=True, help='checkpoint to write')
     group = parser.add_argument_group('how much to keep')
-    group.add_argument(
-        '--keep', type=float, help='share of the tokens to keep, in (0, 1]'
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument(
+        '--keep',
+        type=float,
+        help="share of the operations of the encoder's layers, in (0, 1]; "
+        "defaults to the config's",
     )
-    group.add_argument(
+    budget.add_argument(
         '--target',
         metavar='KIND=VALUE',
-        help='a budget instead of keep, with KIND one of '
+        help='a budget of the whole model instead, with KIND one of '
         f'{", ".join(TARGETS)}: share=0.7 is 70 %% of the dense GMACs',
     )
     group = parser.add_argument_group('measuring')
     group.add_argument(
-        '--score-iters',
+        '--calib-batches',
         type=int,
         metavar='N',
-        help="training batches to score; defaults to the config's hook",
+        help='training batches to measure on, 0 for none; defaults to the '
+        "config's hook, else 8",
+    )
+    group.add_argument(
+        '--score-batches',
+        type=int,
+        metavar='N',
+        help="training batches to score, for type='paper'; defaults to the "
+        "config's hook, else 50",
+    )
+    group.add_argument(
+        '--speed',
+        action='store_true',
+        help='measure the time of one image, dense and compressed in turns',
     )
     group.add_argument(
         '--evaluate',
@@ -113,22 +135,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _hook(cfg: Config) -> dict:
-    for hook in cfg.get('custom_hooks') or []:
-        if hook['type'] == 'PruneMergeHook':
-            return hook
-    return {}
-
-
-def _set_keep(node: object, keep: float) -> None:
-    """Set ``keep`` in every compression dict of a model config."""
-    if not isinstance(node, dict):
-        return
-    for key, value in node.items():
-        if key == 'compression' and value is not None:
-            value['keep'] = keep
-        else:
-            _set_keep(value, keep)
+def _measuring(cfg: Config, args: argparse.Namespace) -> Measuring:
+    """What the config's hook says, and the command line instead."""
+    hook = {}
+    for candidate in cfg.get('custom_hooks') or []:
+        if candidate['type'] == 'PruneMergeHook':
+            hook = candidate
+    options = {
+        field.name: hook[field.name]
+        for field in fields(Measuring)
+        if field.name in hook
+    }
+    for name in ('calib_batches', 'score_batches'):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    try:
+        return Measuring(**options)
+    except ValueError as error:
+        wrong_usage(str(error))
 
 
 def _target(text: str | None) -> dict[str, float] | None:
@@ -154,27 +178,10 @@ def _options(node: object, path: str = '') -> dict[str, str]:
     return found
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows what is being done, one bar after the other."""
-    with ExitStack() as stack:
-        reports: dict[str, ProgressReporter] = {}
-
-        def progress(title: str, done: int, total: int) -> None:
-            if title not in reports:
-                reporter = ProgressReporter(title, total)
-                reports[title] = stack.enter_context(reporter)
-            reports[title](done)
-            if done == total:
-                stack.close()
-
-        yield progress
-
-
 def _accuracy(model: BaseModel, cfg: Config) -> dict[str, dict[str, float]]:
     """Metrics of the validation data, 'dense' and 'compressed'."""
     metrics = {}
-    with _progress() as progress:
+    with shown_progress() as progress:
         for name, setting in (
             ('dense', uncompressed(model)),
             ('compressed', nullcontext()),
@@ -213,6 +220,18 @@ def _seconds(model: BaseModel, device: str) -> dict:
     return seconds
 
 
+def _summary(
+    macs: dict[str, int], seconds: dict[str, dict[str, list[float]]]
+) -> str:
+    """What it brings, in one line."""
+    dense, left = macs['dense'] / 1e9, macs['compressed'] / 1e9
+    text = f'{left:.2f} of {dense:.2f} GMACs ({left / dense:.0%})'
+    for device, times in seconds.items():
+        ratio = median(times['dense']) / median(times['compressed'])
+        text += f', {ratio:.2f}x as fast on {device}'
+    return f'The whole model, one image: {text}'
+
+
 @command('What was announced as written is complete.')
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/compress.py``."""
@@ -229,37 +248,23 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f'Image not found: {path}')
     if args.keep is not None:
         try:
-            check_rates(args.keep, 0.0)
+            check_share('--keep', args.keep)
         except ValueError as error:
-            wrong_usage(f'--keep: {error}')
-        _set_keep(cfg.model, args.keep)
+            wrong_usage(str(error))
+    measuring = _measuring(cfg, args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     model = MODELS.build(cfg.model)
     require_compressible(model)
     saved = load_checkpoint(model, checkpoint, map_location='cpu')
     model.to(args.device)
-    if needs_data(model):
+    loader = None
+    if needs_data(model) or measuring.calib_batches:
         check_data(cfg, 'train')
+        loader = calibration_loader(cfg)
     if args.evaluate:
         check_data(cfg, 'val')
-    hook = _hook(cfg)
-    scored = not all(
-        m.compressor.has_scores for m in calibrated_modules(model).values()
-    )
-    score_iters = args.score_iters or hook.get('score_iters', 50)
-    with _progress() as progress:
-        keep = compress(
-            model,
-            calibration_loader(cfg),
-            score_iters,
-            hook.get('reduction', 'image'),
-            hook.get('seed', 0),
-            target,
-            hook.get('calib_iters', 2),
-            progress,
-        )
-    if keep is not None:
-        print(f'keep={keep:.3f} meets {args.target}')
+    with shown_progress() as progress:
+        compress(model, loader, args.keep, target, measuring, progress)
     print(describe(model))
     meta = {
         **{k: saved.get('meta', {}).get(k) for k in ('dataset_meta',)},
@@ -279,6 +284,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f'Wrote {args.out}')
     model.to(args.device)
     accuracy = _accuracy(model, cfg) if args.evaluate else {}
+    macs = compare_macs(model)
+    seconds = {}
+    if args.speed or args.report:
+        seconds = _seconds(model, args.device)
+    print(_summary(macs, seconds))
     if args.report:
         typed = argv if argv is not None else sys.argv[1:]
         facts = {
@@ -290,18 +300,18 @@ def main(argv: list[str] | None = None) -> None:
             'machine': machine(),
             'date': datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
         }
-        if keep is not None:
-            facts['target'] = f'{args.target}, met by keep={keep:.3f}'
-        if scored:
-            facts['scored on'] = f'{score_iters} training batches'
+        if target is not None:
+            facts['target'] = args.target
+        if loader is not None:
+            facts['measured on'] = f'{measuring.calib_batches} batches'
         samples = _samples(cfg, args.report_images)
         inspections = [inspect(model, sample) for sample in samples]
         CompressionReport(
             model,
             f'Compression of {Path(args.config).stem}',
             facts,
-            compare_macs(model),
-            _seconds(model, args.device),
+            macs,
+            seconds,
             accuracy,
             inspections,
             dataset_meta(cfg, saved),

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import os
+import re
 import shlex
 import sys
 import textwrap
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
+
+from ..core.presets import nearest
 
 P = ParamSpec('P')
 T = TypeVar('T')
@@ -75,7 +80,7 @@ def wrong_usage(message: str) -> NoReturn:
 
 
 def _explanation(error: BaseException | None) -> str | None:
-    """Message of a ``ValueError`` that pm_seg itself raised.
+    """Message of an error that pm_seg itself raised.
 
     Those say what was given, what is expected and how to mend it. mmengine
     wraps what is raised while it builds a module; the first one counts.
@@ -87,10 +92,43 @@ def _explanation(error: BaseException | None) -> str | None:
             trace = trace.tb_next
         file = trace.tb_frame.f_code.co_filename if trace else ''
         inside = PACKAGE in Path(file).parents
-        if isinstance(error, ValueError) and inside:
+        if isinstance(error, (ValueError, RuntimeError)) and inside:
             found = str(error)
-        error = error.__cause__ or error.__context__
+        hidden = error.__suppress_context__  # raised "from None"
+        error = error.__cause__ or (None if hidden else error.__context__)
     return found
+
+
+def _misspelt(error: Exception) -> str | None:
+    """What is wrong if mmengine could not build a module from its config:
+    an option its class has not, or a type that nobody registered.
+    """
+    trace, built = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == 'build_from_cfg':
+            built = trace.tb_frame.f_locals
+        trace = trace.tb_next
+    if built is None:
+        return None
+    if isinstance(error, KeyError) and 'is not in the' in str(error):
+        kind, registry = built['obj_type'], built['registry']
+        close = get_close_matches(kind, registry.module_dict, 1)
+        guess = f'did you mean {close[0]!r}?' if close else 'is it imported?'
+        return f'type={kind!r} is in no registry of {registry.name}s; {guess}'
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if found and found[1] in built.get('args', ()):
+        name, built_class = found[1], built['obj_cls']
+        known = [
+            option
+            for base in getattr(built_class, '__mro__', [built_class])
+            for option in inspect.signature(base.__init__).parameters
+            if option not in ('self', 'args', 'kwargs')
+        ]
+        return (
+            f'{built_class.__name__} has no option {name}='
+            f'{built["args"][name]!r}; {nearest(name, dict.fromkeys(known))}'
+        )
+    return None
 
 
 def command(
@@ -98,8 +136,9 @@ def command(
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator of a tool's ``main``: it ends with a message.
 
-    Ctrl-C gives a line and exit code 130; a ``ValueError`` of pm_seg, about
-    a config or a target that cannot be, its message instead of a traceback.
+    Ctrl-C gives a line and exit code 130; an error of pm_seg, about a config,
+    a checkpoint or a target that cannot be, its message and no traceback;
+    a misspelt option or type of a config, what there is.
     ``PM_SEG_TRACEBACK=1`` in the environment shows the traceback.
 
     Args:
@@ -115,8 +154,8 @@ def command(
                 text = f'Interrupted. {on_interrupt}'.strip()
                 print(f'\n{text}', file=sys.stderr)
                 raise SystemExit(130) from None
-            except ValueError as error:
-                message = _explanation(error)
+            except (ValueError, RuntimeError, TypeError, KeyError) as error:
+                message = _explanation(error) or _misspelt(error)
                 if message is None or os.environ.get('PM_SEG_TRACEBACK'):
                     raise
                 raise SystemExit(

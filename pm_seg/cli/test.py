@@ -7,19 +7,17 @@ import argparse
 from mmengine.config import Config
 
 from .common import (
-    ToolRunner,
     add_common_arguments,
     check_data,
     check_output,
     command,
     fetch_checkpoint,
-    guard_run,
-    join_cpu_processes,
     load_config,
     make_parser,
     quiet_warnings,
     wrong_usage,
 )
+from .runs import ToolRunner, guard_run, join_cpu_processes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

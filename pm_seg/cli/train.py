@@ -17,21 +17,23 @@ from ..utils.checkpoints import latest_intact_checkpoint
 from ..utils.lock import WorkDirInUseError, work_dir_lock
 from .common import (
     add_common_arguments,
-    build_runner,
     check_checkpoints,
     check_data,
     check_output,
     command,
-    ensure_compression_hook,
     fix_teacher,
-    guard_run,
-    is_first_process,
-    join_cpu_processes,
     load_config,
     make_parser,
     prepare_resume,
     quiet_warnings,
     wrong_usage,
+)
+from .runs import (
+    build_runner,
+    ensure_compression_hook,
+    guard_run,
+    is_first_process,
+    join_cpu_processes,
 )
 
 

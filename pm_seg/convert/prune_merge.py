@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import TokenCompressor
-from ..core.structure import PRUNED, Grid
+from ..core.merging import Grid
+from ..core.structure import PRUNED, check_rates, check_scores
 from .keys import Hints, number
 from .results import Converted
 from .segmenter import convert_segmenter
@@ -49,7 +49,7 @@ def convert_pm_vit(state: dict[str, Tensor], hints: Hints) -> Converted:
     # Trained from DeiT or MAE, whose images are normalised like this.
     if hints.normalization is None and not hints.pretrained_cfg:
         hints = Hints(**{**vars(hints), 'normalization': 'imagenet'})
-    options = dict(budget='global', decay=0.025)
+    options = dict(threshold='global', decay=0.025)
     return _convert(state, hints, convert_timm, 'channels', options)
 
 
@@ -66,7 +66,7 @@ def convert_pm_segmenter(state: dict[str, Tensor], hints: Hints) -> Converted:
     Raises:
         ConversionError: See :func:`convert_pm_vit`.
     """
-    options = dict(budget='layer', decay=0.0)
+    options = dict(threshold='layer', decay=0.0)
     return _convert(state, hints, convert_segmenter, 'merged_tokens', options)
 
 
@@ -145,7 +145,7 @@ def convert_matrices(
 
     Returns:
         tuple[dict, dict[str, Tensor]]: ``compression`` and the state dict of
-        its :class:`~pm_seg.core.TokenCompressor`.
+        its :class:`~pm_seg.core.StaticCompressor`.
 
     Raises:
         ConversionError: On missing or misshapen entries, masks that are not
@@ -163,29 +163,27 @@ def convert_matrices(
         group[layer] = _groups(layer, matrices[layer], num_prefix)
     num_groups = [count - num_prefix for count in slots]
     compression = dict(
+        type='paper',
         **_rates(facts, num_groups, group[layers]),
         layers=layers,
-        builder='row_window',
         restore='replace',
         matrices='dense',
         num_groups=num_groups,
         **options,
     )
+    state = dict(scores=torch.zeros(group.shape), group=group)
     try:
-        compressor = TokenCompressor(depth, grid, num_prefix, **compression)
+        check_rates(compression['keep_rate'], compression['prune_rate'])
         if facts.get('scores') is not None:
-            scores = _scores(facts['scores'], layers, compressor.scores.shape)
-            compressor.store(scores)
+            state['scores'] = _scores(facts['scores'], layers, group.shape)
+            check_scores(state['scores'][layers], layers)
     except ValueError as error:
         raise ConversionError(f'{error} (in the checkpoint)') from error
-    state = dict(compressor.state_dict())
-    state['group'] = group
     for layer in layers:
         entries = matrices[layer]
         state[f'merge_matrix.{layer}'] = entries['merge_matrix']
         state[f'restore_matrix.{layer}'] = entries['recover_matrix']
-    compressor.load_state_dict(state)
-    return compression, {k: v.detach() for k, v in state.items()}
+    return compression, state
 
 
 def _layers(matrices: Matrices, depth: int, listed: Any) -> list[int]:
@@ -289,15 +287,11 @@ def _groups(layer: int, entries: dict[str, Tensor], num_prefix: int) -> Tensor:
 def _rates(
     facts: dict[str, Any], num_groups: list[int], group: Tensor
 ) -> dict[str, float]:
-    """keep and prune: as recorded, else what the matrices amount to."""
+    """Rates: as recorded, else what the matrices amount to."""
     total = group.numel()
-    found = dict(
-        keep=sum(num_groups) / total,
-        prune=int((group == PRUNED).sum()) / total,
-    )
-    for name in found:
-        found[name] = number(facts, name, found[name])
-    return {name: round(value, 6) for name, value in found.items()}
+    kept = number(facts, 'keep', sum(num_groups) / total)
+    pruned = number(facts, 'prune', int((group == PRUNED).sum()) / total)
+    return dict(keep_rate=round(kept, 6), prune_rate=round(pruned, 6))
 
 
 def _scores(scores: Any, layers: list[int], shape: torch.Size) -> Tensor:

@@ -1,38 +1,61 @@
-"""Prune-and-Merge token compression in plain PyTorch.
+"""Token compression of Vision Transformers in plain PyTorch.
 
-Nothing in this package imports OpenMMLab: it serves any transformer.
+Nothing in this package imports OpenMMLab: it serves any transformer. To read
+the method, begin with :mod:`~pm_seg.core.progressive` (tokens merge over
+depth and are restored at the end) and :mod:`~pm_seg.core.merging` (how).
 """
 
-from .base import Compressor
-from .compressor import TokenCompressor
-from .merging import MergingCompressor
+from .compressor import (
+    Compressor,
+    EncoderShape,
+    Layer,
+    LayerCost,
+    LayerLoad,
+    Outputs,
+    run_dense,
+)
+from .importance import ImportanceFitter
+from .merging import Merge, TokenGroups
 from .observe import GroupRecorder
+from .presets import CLASSIFICATION, PRESETS, make_compressor
+from .progressive import ProgressiveCompressor
 from .scores import ScoreRecorder, value_gradient_scores
+from .similarity import match
+from .static import StaticCompressor
 from .structure import (
-    BUILDERS,
-    build_groups,
     count_tokens,
     group_weights,
-    nearest_centre_groups,
     normalise_scores,
     row_window_groups,
 )
 from .token_map import DenseTokenMap, TokenMap
+from .windows import match_windows
 
 __all__ = [
-    'BUILDERS',
+    'CLASSIFICATION',
+    'PRESETS',
     'Compressor',
     'DenseTokenMap',
+    'EncoderShape',
     'GroupRecorder',
-    'MergingCompressor',
+    'ImportanceFitter',
+    'Layer',
+    'LayerCost',
+    'LayerLoad',
+    'Merge',
+    'Outputs',
+    'ProgressiveCompressor',
     'ScoreRecorder',
-    'TokenCompressor',
+    'StaticCompressor',
+    'TokenGroups',
     'TokenMap',
-    'build_groups',
     'count_tokens',
     'group_weights',
-    'nearest_centre_groups',
+    'make_compressor',
+    'match',
+    'match_windows',
     'normalise_scores',
     'row_window_groups',
+    'run_dense',
     'value_gradient_scores',
 ]

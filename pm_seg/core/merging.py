@@ -1,207 +1,252 @@
-"""Merging by similarity, image by image: ToMe and ALGM with restoration.
+"""Merging similar tokens of each image, and undoing it.
 
-Written from the papers, as alternatives to compare with:
+A :class:`Merge` takes T patch tokens of each image to K and back; the P prefix
+tokens in front never take part::
 
-- ToMe (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023): in
-  every block, between attention and MLP, the r most similar pairs of a
-  bipartite matching on the keys are averaged, weighted by how many patches
-  they stand for. Attention counts a token as often (proportional attention).
-- ALGM (Norouzi et al., "ALGM: Adaptive Local-then-Global Token Merging",
-  CVPR 2024): 2x2 windows of similar tokens are averaged in the first block
-  (CLAP), and similar tokens of the whole image in the middle one (GBM, the
-  matching of ToMe on the tokens themselves).
+    merge     z_k = sum s_n x_n / sum s_n          over the members of group k
+    restore   x'_n = x_n + r_k (y_k - z_k)         y: what layers made of z
 
-Merged tokens stay merged to the last layer; then every patch gets the token
-it went into, so that the map is whole for the decoder. The papers' adaptive
-number of ALGM merges differs between images; here each image merges equally
-many, which is what allows batches and comparisons at equal cost.
+with sizes s, the number of patches that a token stands for, and a gain r, 1
+for groups of one. Every token keeps what told it apart from its group
+('residual'); 'replace', ``x'_n = y_k``, is how ToMe-like methods unmerge.
+:func:`~pm_seg.core.similarity.match` finds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Compressor, LayerOutputs
-from .matching import WINDOW, match, match_windows, pool
-from .structure import Grid, check_rates
+Grid = tuple[int, int]
+RESTORES = ('residual', 'replace')
 
 
-class MergingCompressor(Compressor):
-    """Tokens merged by similarity, restored after the last layer.
+@dataclass(frozen=True)
+class Merge:
+    """Which of T patch tokens of each image go where among K.
 
-    Layers need two more methods than a plain call: ``attend(x, key_bias)``,
-    which returns the tokens after attention and the keys (B, heads, T, D),
-    and ``feed_forward(x)``.
+    Indices are int64; rows count through the tokens of all images.
 
-    Args:
-        keep (float): Mean share of the patch tokens over the layers'
-            feed-forward parts.
-        method (str): 'tome' or 'algm'.
-        proportional (bool, optional): Whether attention counts a token as
-            often as the patches it stands for. Defaults to True for 'tome'
-            and False for 'algm'.
-        **kwargs: See :class:`~pm_seg.core.base.Compressor`.
-
-    Raises:
-        ValueError: If the tokens cannot become that few.
+    Attributes:
+        kept (Tensor): Row that each merged token starts from, (B * (P+K),).
+        moved (Tensor): Rows that are averaged into others, (B * R,).
+        into (Tensor): The merged rows they go to, (B * R,).
+        place (Tensor): Merged token of each token, (B, P+T).
     """
 
-    uses_scores = False
+    kept: Tensor
+    moved: Tensor
+    into: Tensor
+    place: Tensor
 
-    def __init__(
-        self,
-        depth: int,
-        grid: Grid,
-        num_prefix: int,
-        keep: float = 0.7,
-        method: str = 'tome',
-        proportional: bool | None = None,
-        dims: int | None = None,
-        layer_cost: tuple[float, float] = (1.0, 0.0),
-    ) -> None:
-        check_rates(keep, 0.0)
-        super().__init__(depth, grid, num_prefix, keep, dims, layer_cost)
-        if method not in ('tome', 'algm'):
-            raise ValueError(
-                f"method={method!r} is unknown; choose 'tome' or 'algm'"
-            )
-        if method == 'algm' and depth < 2:
-            raise ValueError(f"'algm' needs two layers, got {depth}")
-        self.method = method
-        self.proportional = (
-            method == 'tome' if proportional is None else proportional
+    def merge(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of each group, weighted by size.
+
+        Only what moves is computed: groups start as one of their members and
+        get ``share * (member - start)`` from each other one.
+
+        Args:
+            x (Tensor): (B, P+T, C).
+            size (Tensor): Patches each token stands for, (B, P+T, 1).
+
+        Returns:
+            tuple[Tensor, Tensor]: (B, P+K, C) and (B, P+K, 1).
+        """
+        batch = len(x)
+        x, size = x.flatten(0, 1), size.flatten(0, 1)
+        moved = size.index_select(0, self.moved)
+        total = _add(size.index_select(0, self.kept), self.into, moved, batch)
+        share = moved / total.index_select(0, self.into)
+        start = x.index_select(0, self.kept)
+        update = x.index_select(0, self.moved)
+        update = update - start.index_select(0, self.into)
+        merged = _add(start, self.into, update * share.to(x.dtype), batch)
+        return merged.unflatten(0, (batch, -1)), total.unflatten(
+            0, (batch, -1)
         )
-        # Share of the patch tokens left after each layer's merge.
-        self.register_buffer('shares', torch.zeros(depth))
-        self._refresh()
 
-    def _refresh(self) -> None:
-        """Keep the shares at hand without a copy from the device."""
-        meta = self.shares.is_meta
-        self._shares = [0.0] * self.depth if meta else self.shares.tolist()
+    def restore(
+        self, before: Tensor, merged: Tensor, after: Tensor, gain: Tensor
+    ) -> Tensor:
+        """What each token was plus what its group gained since the merge.
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._refresh()
+        Args:
+            before (Tensor): What was merged, (B, P+T, C).
+            merged (Tensor): What it became, (B, P+K, C).
+            after (Tensor): What layers made of that, (B, P+K, C).
+            gain (Tensor): Factor of what a group gained, (B, P+K, 1).
+
+        Returns:
+            Tensor: (B, P+T, C).
+        """
+        gained = (after - merged) * gain.to(after.dtype)
+        return before + self.spread(gained)
+
+    def spread(self, z: Tensor) -> Tensor:
+        """What the group of each token holds, (B, P+K, C) -> (B, P+T, C)."""
+        return spread_rows(z, self.place)
+
+
+class Step(NamedTuple):
+    """A merge that was done.
+
+    Attributes:
+        before (Tensor): What it merged, (B, P+T, C).
+        merged (Tensor): What came out, (B, P+K, C).
+        merge (Merge): Itself.
+        gain (Tensor): Factor of what is restored, (B, P+K, 1).
+    """
+
+    before: Tensor
+    merged: Tensor
+    merge: Merge
+    gain: Tensor
+
+
+@dataclass
+class TokenGroups:
+    """The groups that the last layer worked on.
+
+    Attributes:
+        places (Sequence[Tensor]): Of one merge after the other, the place of
+            each token after it, int64, (B, P+T) each.
+        size (Tensor): Patches in each group, (B, P+K, 1).
+        num_prefix (int): P.
+    """
+
+    places: Sequence[Tensor]
+    size: Tensor
+    num_prefix: int
+    _place: Tensor | None = None
 
     @property
-    def has_structure(self) -> bool:
-        """Whether :meth:`build` ran, or a checkpoint had its result."""
-        return min(self._shares) > 0
+    def place(self) -> Tensor:
+        """Group of each patch token, 0..K-1, int64, (B, N)."""
+        if self._place is None:  # cached_property would lock; no compiling
+            place, *others = (p[:, self.num_prefix :] for p in self.places)
+            for following in others:
+                place = following.gather(1, place - self.num_prefix)
+            self._place = place - self.num_prefix
+        return self._place
 
-    @torch.no_grad()
-    def build(self) -> None:
-        """Find the schedule whose mean share is ``keep``.
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of each group, (B, N, C) -> (B, K, C)."""
+        size = self.size[:, self.num_prefix :]
+        return sum_rows(x, self.place, size.shape[1]) / size.to(x.dtype)
 
-        Raises:
-            ValueError: If ``keep`` is below what the method can reach.
+    def spread(self, z: Tensor) -> Tensor:
+        """What the group of each token holds, (B, K, C) -> (B, N, C)."""
+        return spread_rows(z, self.place)
+
+
+class Chain:
+    """Tokens on their way through the layers, and the merges on that way.
+
+    Args:
+        x (Tensor): (B, P+N, C).
+        num_prefix (int): P.
+
+    Attributes:
+        x (Tensor): Tokens now, (B, P+T, C).
+        size (Tensor): Patches each stands for, float32, (B, P+T, 1).
+        steps (list[Step]): Merges so far.
+    """
+
+    def __init__(self, x: Tensor, num_prefix: int) -> None:
+        self.x = x
+        self.size = torch.ones(*x.shape[:2], 1, device=x.device)
+        self.num_prefix = num_prefix
+        self.steps: list[Step] = []
+
+    @property
+    def tokens(self) -> int:
+        """T, patch tokens there are now."""
+        return self.x.shape[1] - self.num_prefix
+
+    @property
+    def log_size(self) -> Tensor | None:
+        """Of each token, (B, P+T); None as long as all stand for one."""
+        return self.size.squeeze(2).log() if self.steps else None
+
+    def merge(self, merge: Merge, gain: Tensor) -> None:
+        """Go on with fewer tokens.
+
+        Args:
+            merge (Merge): Who goes where.
+            gain (Tensor): Scalar; what groups of several gain is restored
+                with this factor, all of it to a token that stays alone.
         """
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            strength = (low + high) / 2
-            shares = self._schedule(strength)
-            if sum(shares) / self.depth > self.keep:
-                low = strength
+        before, sizes = self.x, self.size
+        self.x, self.size = merge.merge(before, sizes)
+        start = sizes.flatten(0, 1).index_select(0, merge.kept)
+        grown = self.size != start.view_as(self.size)
+        gain = torch.where(grown, gain, 1.0)
+        self.steps.append(Step(before, self.x, merge, gain))
+
+    def restored(self, kind: str) -> Tensor:
+        """All tokens as they are now, (B, P+N, C)."""
+        x = self.x
+        for before, merged, merge, gain in reversed(self.steps):
+            if kind == 'residual':
+                x = merge.restore(before, merged, x, gain)
             else:
-                high = strength
-        shares = self._schedule(high)
-        if sum(shares) / self.depth > self.keep + 1e-3:
-            raise ValueError(
-                f'{self.method!r} cannot work on keep={self.keep} of the '
-                f'tokens, {sum(shares) / self.depth:.2f} is its least'
-            )
-        self.shares.copy_(torch.tensor(shares))
-        self._refresh()
+                x = merge.spread(x)
+        return x
 
-    def _schedule(self, strength: float) -> list[float]:
-        """Shares after each layer; fewer with more strength in [0, 1]."""
-        if self.method == 'tome':
-            shares, share = [], 1.0
-            for _ in range(self.depth):
-                share -= min(strength / 2, share / 2)
-                shares.append(share)
-            return shares
-        half = self.depth // 2
-        local = 1 - 0.75 * strength
-        both = local * max(1 - 0.75 * strength, 0.5)
-        return [local] * half + [both] * (self.depth - half)
-
-    def tokens_after(self, grid: Grid) -> list[int]:
-        """Patch tokens left after each layer's merge."""
-        total = grid[0] * grid[1]
-        windows = (grid[0] // 2) * (grid[1] // 2)
-        counts, left = [], total
-        for layer, share in enumerate(self._shares):
-            wanted = round(share * total)
-            if self.method == 'algm' and layer == 0:
-                merged = min(round((total - wanted) / 3), windows)
-                left -= merged * (WINDOW - 1)
-            else:
-                left = max(min(wanted, left), left - left // 2)
-            counts.append(left)
-        return counts
-
-    def _run(
-        self,
-        layers: Sequence[nn.Module],
-        x: Tensor,
-        grid: Grid,
-        outputs: Collection[int],
-    ) -> LayerOutputs:
-        if not self.has_structure:
-            self.build()
-        patches = grid[0] * grid[1]
-        place = torch.arange(patches, device=x.device).expand(len(x), -1)
-        size = x.new_ones(len(x), patches, 1)
-        collected = {}
-        for index, (layer, left) in enumerate(
-            zip(layers, self.tokens_after(grid))
-        ):
-            merged = size.shape[1] < patches
-            bias = self._key_bias(size) if merged else None
-            x, keys = layer.attend(x, bias)
-            if left < size.shape[1]:
-                prefix, body = x.tensor_split([self.num_prefix], dim=1)
-                position = self._positions(index, body, keys, grid, left)
-                body, size = pool(body, size, position, left)
-                place = position.gather(1, place)
-                x = torch.cat([prefix, body.to(prefix.dtype)], dim=1)
-            if self.observer is not None:
-                self.observer((index,), place, grid)
-            x = layer.feed_forward(x)
-            if index in outputs:
-                collected[index] = self._restore(x, place)
-        return self._restore(x, place), collected
-
-    def _positions(
-        self, layer: int, x: Tensor, keys: Tensor, grid: Grid, left: int
-    ) -> Tensor:
-        """Where each patch token goes in this layer's merge, (B, T)."""
-        if self.method == 'tome':
-            metric = keys[:, :, self.num_prefix :].mean(1)
-        elif layer > 0:
-            metric = x
-        else:
-            merged = (x.shape[1] - left) // (WINDOW - 1)
-            return match_windows(x, grid, merged)
-        return match(metric, x.shape[1] - left)
-
-    def _key_bias(self, size: Tensor) -> Tensor | None:
-        """Log of the sizes for the attention logits, (B, 1, 1, P+T)."""
-        if not self.proportional:
+    def groups(self) -> TokenGroups | None:
+        """What the tokens are groups of, None as long as all are alone."""
+        if not self.steps:
             return None
-        bias = F.pad(size.squeeze(-1).log(), (self.num_prefix, 0))
-        return bias[:, None, None]
+        places = [step.merge.place for step in self.steps]
+        return TokenGroups(places, self.size, self.num_prefix)
 
-    def _restore(self, x: Tensor, place: Tensor) -> Tensor:
-        """Every patch gets the token it went into."""
-        prefix, body = x.tensor_split([self.num_prefix], dim=1)
-        place = place.unsqueeze(-1).expand(-1, -1, body.shape[2])
-        return torch.cat([prefix, body.gather(1, place)], dim=1)
 
-    def extra_repr(self) -> str:
-        return f'method={self.method!r}, grid={self.grid}, keep={self.keep}'
+def spread_rows(z: Tensor, place: Tensor) -> Tensor:
+    """Row ``place`` of each image, (B, K, C) by (B, T) -> (B, T, C)."""
+    rows = rows_of(place, z.shape[1])
+    out = z.flatten(0, 1).index_select(0, rows)
+    return out.unflatten(0, (len(z), -1))
+
+
+def sum_rows(x: Tensor, place: Tensor, groups: int) -> Tensor:
+    """Sum of the rows that go to each place, the transpose of spread_rows.
+
+    Args:
+        x (Tensor): (B, T, C).
+        place (Tensor): int64, (B, T).
+        groups (int): K.
+
+    Returns:
+        Tensor: (B, K, C).
+    """
+    start = x.new_zeros(len(x) * groups, x.shape[2])
+    total = _add(start, rows_of(place, groups), x.flatten(0, 1), len(x))
+    return total.unflatten(0, (len(x), -1))
+
+
+def rows_of(index: Tensor, tokens: int) -> Tensor:
+    """Indices within images of so many tokens to rows of all, (B * R,)."""
+    batch = len(index)
+    if batch > 1:
+        start = torch.arange(batch, device=index.device) * tokens
+        index = index + start.unsqueeze(1)
+    return index.flatten()
+
+
+def _add(start: Tensor, into: Tensor, update: Tensor, batch: int) -> Tensor:
+    """``start`` with ``update`` added to the rows ``into``.
+
+    A sum where nothing is compiled or exported. There a product with a small
+    0-1 matrix: it fuses, gives the same bits in each run, and is in every
+    export format.
+    """
+    if not torch.compiler.is_compiling():
+        return start.index_add(0, into, update)
+    start, update = (t.unflatten(0, (batch, -1)) for t in (start, update))
+    rows = torch.arange(batch * start.shape[1], device=into.device)
+    member = rows.view(batch, -1, 1) == into.view(batch, 1, -1)
+    return (start + member.to(update.dtype) @ update).flatten(0, 1)

@@ -112,9 +112,8 @@ class ScoreRecorder:
                 f'layer {layer} got {value.shape[2] - self.num_prefix} patch '
                 f'tokens, expected {self.num_tokens}; scores are gathered '
                 'uncompressed, on images of the size the model was built '
-                'for: check img_size of the backbone, grid in the compression '
-                'of the head, and the crop of calib_pipeline or '
-                'train_pipeline'
+                'for: check img_size of the backbone and the crop of '
+                'calib_pipeline or train_pipeline'
             )
         detached = value.detach()
         if torch.is_grad_enabled():

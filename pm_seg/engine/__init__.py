@@ -1,4 +1,4 @@
-from .compression import apply_scores, compress
+from .compression import Measuring, compress
 from .hooks import (
     CompressionVisualizationHook,
     InterruptHook,
@@ -16,13 +16,13 @@ from .targets import meet_target
 __all__ = [
     'CompressionVisualizationHook',
     'InterruptHook',
+    'Measuring',
     'PMLayerDecayOptimWrapperConstructor',
     'ProgressHook',
     'PruneMergeHook',
     'RunGuardHook',
     'SeedIterationHook',
     'WholeCheckpointHook',
-    'apply_scores',
     'compress',
     'describe',
     'gather_scores',

@@ -1,25 +1,76 @@
-"""What is measured on a few calibration batches, without labels."""
+"""What a few images say about how to merge."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
-from mmengine.dist import all_reduce, broadcast, get_world_size
+from mmengine.dist import all_reduce, broadcast
 from mmengine.model import BaseModel
 from torch import Tensor
 
-from ..core.budget import LEVELS
-from ..core.detail import DetailFitter
+from ..core import ImportanceFitter
 from ..models.compressible import CompressibleMixin
 from ..models.distillation import soft_target_loss
 from .scoring import (
+    backpropagate,
     calibrated_modules,
-    compressible_modules,
+    dense_losses,
     evaluating,
     uncompressed,
 )
+
+#: What is tried, one after the other, each time the best is kept. Importance
+#: helps where half of the operations are left and harms at a third.
+SEARCH = {
+    'strength': (0.0, 0.05, 0.1, 0.2),
+    'power': (1.0, 0.6, 0.8, 1.25, 1.6),  # times the schedule's
+}
+
+Steps = Callable[[int, int], None]
+
+
+def fit_importance(
+    model: BaseModel,
+    batches: Sequence[dict],
+    progress: Steps | None = None,
+) -> None:
+    """Fit and store what makes a token important, in every layer.
+
+    The model runs uncompressed, its weights do not change. In a distributed
+    run every process passes its own batches and all get the same result.
+
+    Args:
+        model (BaseModel): An mmengine model, not wrapped.
+        batches (Sequence[dict]): Of a training data loader, with annotations.
+        progress (Callable, optional): Called with the batches done and their
+            total, with 0 done at first.
+    """
+    fitters: dict[str, ImportanceFitter] = {}
+    modules = calibrated_modules(model)
+    with ExitStack() as stack:
+        stack.enter_context(dense_losses(model))
+        for name, module in modules.items():
+            shape = module.compressor.shape
+            fitters[name] = stack.enter_context(
+                ImportanceFitter(
+                    module.blocks,
+                    module.score_taps,
+                    shape.num_prefix,
+                    shape.dims,
+                )
+            )
+        backpropagate(
+            model,
+            batches,
+            progress and (lambda done: progress(done, len(batches))),
+        )
+    for name, fitter in fitters.items():
+        for moments in (fitter.gram, fitter.cross):
+            all_reduce(moments)
+            broadcast(moments)
+        modules[name].compressor.set_importance(0.0, fitter.directions())
 
 
 def calibration_inputs(
@@ -32,104 +83,74 @@ def calibration_inputs(
     ]
 
 
-def measure_losses(
+def choose_settings(
     model: BaseModel,
     inputs: Sequence[Tensor],
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """How far the predictions move when one layer is compressed.
+    progress: Steps | None = None,
+) -> dict[str, float]:
+    """Choose how to merge, at the same cost, from :data:`SEARCH`.
 
-    The loss is the KL divergence of the class probabilities from those of
-    the dense model; the model is compressed in one layer (span) of one
-    module at a time, at each of :data:`pm_seg.core.budget.LEVELS`. In a
-    distributed run every process passes its own images and all get the same
-    result.
+    By the KL divergence of the predictions from those of the dense model. In
+    a distributed run all processes choose the same.
 
     Args:
-        model (BaseModel): An mmengine model, not wrapped, whose modules have
-            stored scores. Their structure is overwritten.
+        model (BaseModel): An mmengine model, not wrapped, at the budget that
+            is wanted.
         inputs (Sequence[Tensor]): Batches of preprocessed images.
-        progress (Callable, optional): Called with the number of
-            measurements done and their total, with 0 done at first.
+        progress (Callable, optional): Called with the settings tried and
+            their total, with 0 done at first.
 
     Returns:
-        dict[str, Tensor]: Losses (layers, levels) by module name, for
-        modules whose budget wants them.
+        dict[str, float]: What was chosen.
     """
-    modules = {
-        name: module
-        for name, module in calibrated_modules(model).items()
-        if module.compressor.wants_losses
-    }
-    total = len(LEVELS) * sum(
-        len(module.compressor.spans) for module in modules.values()
-    )
-    done, losses = 0, {}
+    modules = list(calibrated_modules(model).values())
+    powers = [module.compressor.schedule.power for module in modules]
+    chosen = {name: values[0] for name, values in SEARCH.items()}
+    total = sum(map(len, SEARCH.values())) - len(SEARCH) + 1
+    done = 0
     if progress:
-        progress(done, total)
+        progress(0, total)
+
+    def loss(settings: dict[str, float]) -> float:
+        nonlocal done
+        value = torch.tensor(float('inf'), dtype=torch.float64)
+        if _apply(modules, powers, settings):
+            value = sum(
+                soft_target_loss(model(images, mode='tensor'), target, 1.0)
+                for images, target in zip(inputs, dense)
+            ).double()
+        all_reduce(value)
+        broadcast(value)
+        done += 1
+        if progress:
+            progress(done, total)
+        return value.item()
+
     with torch.no_grad(), evaluating(model):
         with uncompressed(model):
             dense = [model(images, mode='tensor') for images in inputs]
-        for name, module in modules.items():
-            compressor = module.compressor
-            losses[name] = torch.zeros_like(compressor.losses, device='cpu')
-            for layers in compressor.spans:
-                for level, share in enumerate(LEVELS):
-                    compressor.build_single(layers[0], share)
-                    with _only(model, module):
-                        loss = sum(
-                            soft_target_loss(
-                                model(images, mode='tensor'), target, 1.0
-                            )
-                            for images, target in zip(inputs, dense)
-                        )
-                    losses[name][layers[0], level] = loss.cpu() / len(inputs)
-                    done += 1
-                    if progress:
-                        progress(done, total)
-    for name in losses:
-        all_reduce(losses[name])
-        losses[name] /= get_world_size()
-        broadcast(losses[name])
-    return losses
+        best = loss(chosen)
+        for name, values in SEARCH.items():
+            for value in values[1:]:
+                tried = {**chosen, name: value}
+                found = loss(tried)
+                if found < best:
+                    best, chosen = found, tried
+        _apply(modules, powers, chosen)
+    return chosen
 
 
-@contextmanager
-def _only(model: BaseModel, module: CompressibleMixin) -> Iterator[None]:
-    """All modules but one run dense inside the block."""
-    with ExitStack() as stack:
-        for other in compressible_modules(model).values():
-            if other is not module:
-                stack.enter_context(other.compressor.disabled())
-        yield
-
-
-def fit_details(model: BaseModel, inputs: Sequence[Tensor]) -> None:
-    """Fit the detail paths of all token maps, see :mod:`pm_seg.core.detail`.
-
-    Args:
-        model (BaseModel): An mmengine model, not wrapped, with a structure.
-        inputs (Sequence[Tensor]): Batches of preprocessed images.
-    """
-    modules = [
-        m for m in calibrated_modules(model).values() if m.compressor.detail
-    ]
-    with (
-        torch.no_grad(),
-        evaluating(model),
-        uncompressed(model),
-        ExitStack() as stack,
-    ):
-        fitters = [
-            stack.enter_context(DetailFitter(m.compressor, m.layers))
-            for m in modules
-        ]
-        for images in inputs:
-            model(images, mode='tensor')
-    for fitter in fitters:
-        all_reduce(fitter.gram)
-        all_reduce(fitter.cross)
-        fitter.fit()
-        compressor = fitter.compressor
-        broadcast(compressor.detail_down.data)
-        broadcast(compressor.detail_up.data)
+def _apply(
+    modules: Sequence[CompressibleMixin],
+    powers: Sequence[float],
+    settings: dict[str, float],
+) -> bool:
+    """Set the settings; whether the budget can be met with them."""
+    for module, power in zip(modules, powers):
+        compressor = module.compressor
+        compressor.set_importance(settings['strength'])
+        try:
+            compressor.set_keep(compressor.keep, power * settings['power'])
+        except ValueError:
+            return False
+    return True

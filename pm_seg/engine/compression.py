@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .calibration import (
     calibration_inputs,
-    fit_details,
-    measure_losses,
+    choose_settings,
+    fit_importance,
 )
 from .faults import require_images
 from .scoring import (
@@ -32,85 +32,122 @@ from .targets import meet_target
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """On how much data a compression measures.
+
+    Attributes:
+        score_batches (int): Training batches to score where a structure
+            needs scores (the paper's).
+        calib_batches (int): Training batches for importance and schedule,
+            0 for none.
+        reduction (str): See :class:`~pm_seg.core.ScoreRecorder`.
+        seed (int): Seed of the batches and their augmentation.
+    """
+
+    score_batches: int = 50
+    calib_batches: int = 8
+    reduction: str = 'image'
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.score_batches < 1 or self.calib_batches < 0:
+            raise ValueError(
+                f'score_batches={self.score_batches} must be at least 1 and '
+                f'calib_batches={self.calib_batches} at least 0'
+            )
+
+
 def compress(
     model: BaseModel,
-    dataloader: DataLoader | dict | None,
-    num_batches: int = 50,
-    reduction: str = 'image',
-    seed: int = 0,
+    dataloader: DataLoader | dict | None = None,
+    keep: float | None = None,
     target: dict[str, float] | None = None,
-    calib_batches: int = 2,
+    measuring: Measuring | None = None,
     progress: Progress | None = None,
-) -> float | None:
-    """Give a dense model its structure.
+) -> None:
+    """Compress a dense model to a budget, without training.
 
-    Scores on training batches; the loss of compressing each layer, where a
-    module's budget needs it; groups; the fit of the detail paths. What the
-    model has already, from a checkpoint, is not measured again. The result
-    depends on the weights, the data and the seed alone; no other weight and
-    no random state changes. In a distributed run every process passes its
-    own batches and all get the same result.
+    Scores, where the structure comes from scores; importance and the best
+    schedule on a few images, where tokens merge by similarity and there are
+    images. What the model has already, from a checkpoint, is not measured
+    again. The result depends on the weights, the data and the seed alone; no
+    other weight and no random state changes. In a distributed run every
+    process passes its own batches and all get the same result.
 
     Args:
         model (BaseModel): An mmengine model, not wrapped.
         dataloader (DataLoader | dict, optional): A loader of training
             batches, or the config of one, which is then built anew with
-            ``seed``. None will do if nothing is left to measure, see
+            ``seed``. None will do unless scores are needed, see
             :func:`needs_data`.
-        num_batches (int): Batches to score. Defaults to 50.
-        reduction (str): See :class:`~pm_seg.core.ScoreRecorder`. Defaults to
-            'image'.
-        seed (int): Seed of the batches and their augmentation. Defaults to
-            0.
-        target (dict, optional): A budget instead of ``keep``, see
+        keep (float, optional): Share of the layers' MACs. Defaults to what
+            the config says.
+        target (dict, optional): A budget of the whole model instead, see
             :func:`~pm_seg.engine.targets.meet_target`.
-        calib_batches (int): Batches for the losses and the detail paths.
-            Defaults to 2.
+        measuring (Measuring, optional): On how much data.
         progress (Callable, optional): Called with what is being done, the
             number of steps done, 0 at first, and their total.
 
-    Returns:
-        float | None: The keep that meets the target.
-
     Raises:
-        ValueError: If nothing is compressible, or the target is out of
-            reach.
+        ValueError: If nothing is compressible, the budget is out of reach, or
+            data is needed and there is none.
     """
-    require_compressible(model)
+    if keep is not None and target is not None:
+        raise ValueError(
+            f'got keep={keep} and target={target}; they exclude each other'
+        )
+    measuring = measuring or Measuring()
+    modules = require_compressible(model)
+    if dataloader is None and needs_data(model):
+        raise ValueError(
+            'this compression needs scores, and scores need images: pass a '
+            "data loader, or use type='pm', which works without"
+        )
 
     def report(title: str) -> Callable[[int, int], None] | None:
         return progress and (lambda *steps: progress(title, *steps))
 
-    with isolated_rng(seed):
-        modules = calibrated_modules(model)
-        compressors = [module.compressor for module in modules.values()]
-        if not all(compressor.has_scores for compressor in compressors):
-            scoring = report('Scoring batches')
+    def meet_budget() -> None:
+        if target is not None:
+            meet_target(model, target)
+            return
+        for module in modules.values():
+            if keep is not None:
+                module.compressor.set_keep(keep)
+            elif module.compressor.needs_scores:
+                module.compressor.build()
+
+    with isolated_rng(measuring.seed):
+        if needs_data(model):
+            count, scoring = measuring.score_batches, report('Scoring batches')
             scores = gather_scores(
                 model,
-                _fresh(dataloader, seed),
-                num_batches,
-                reduction,
-                scoring and (lambda done: scoring(done, num_batches)),
+                _fresh(dataloader, measuring.seed),
+                count,
+                measuring.reduction,
+                scoring and (lambda done: scoring(done, count)),
             )
             for name, module in scored_modules(model).items():
                 module.compressor.store(scores[name])
-        inputs = []
-        if needs_data(model):
-            batches = take(_fresh(dataloader, seed), calib_batches)
+        meet_budget()
+        calibrated = [m.compressor for m in calibrated_modules(model).values()]
+        if (
+            measuring.calib_batches
+            and dataloader is not None
+            and not all(compressor.has_importance for compressor in calibrated)
+        ):
+            batches = take(
+                _fresh(dataloader, measuring.seed), measuring.calib_batches
+            )
+            batches = list(batches)
+            fit_importance(model, batches, report('Importance of tokens'))
             inputs = calibration_inputs(model, batches)
-        if any(compressor.wants_losses for compressor in compressors):
-            losses = measure_losses(model, inputs, report('Measuring layers'))
-            for name, measured in losses.items():
-                modules[name].compressor.store(losses=measured)
-        keep = None
-        if target is not None:
-            keep = meet_target(model, target)
-        else:
-            for module in require_compressible(model).values():
-                module.compressor.build()
-        fit_details(model, inputs)
-    return keep
+            choose_settings(model, inputs, report('Ways to merge'))
+            if target is not None:
+                meet_target(model, target)
+    for module in modules.values():
+        module.compressor.settle()
 
 
 def _fresh(
@@ -138,8 +175,8 @@ def calibration_loader(cfg: Config) -> dict:
     """Config of the loader to score and calibrate on.
 
     The training loader, with the transforms of ``cfg.calib_pipeline`` if
-    there is one: structures and detail paths suit test images better when
-    they are found on images like those, not on distorted crops.
+    there is one: what is measured suits test images better when it is
+    measured on images like those, not on distorted crops.
     """
     loader = copy.deepcopy(cfg.train_dataloader)
     if cfg.get('calib_pipeline'):
@@ -151,20 +188,8 @@ def calibration_loader(cfg: Config) -> dict:
 
 
 def needs_data(model: BaseModel) -> bool:
-    """Whether :func:`compress` needs images for this model."""
+    """Whether :func:`compress` cannot do without images for this model."""
     return any(
         not module.compressor.has_scores
-        or module.compressor.wants_losses
-        or module.compressor.detail
-        for module in calibrated_modules(model).values()
+        for module in scored_modules(model).values()
     )
-
-
-def apply_scores(
-    model: BaseModel,
-    scores: dict[str, Tensor],
-    losses: dict[str, Tensor] | None = None,
-) -> None:
-    """Derive the structure of each module from given scores and losses."""
-    for name, module in scored_modules(model).items():
-        module.compressor.set_scores(scores[name], (losses or {}).get(name))

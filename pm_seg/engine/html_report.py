@@ -21,7 +21,7 @@ from ..version import __version__
 from ..visualization import depth_figure, html, score_panels
 from ..visualization.panels import SCORE_COLOURS
 from .inspection import Inspection, module_scores
-from .report import LayerReport, ModuleReport, module_reports
+from .report import ModuleReport, module_reports
 
 _PACKAGES = {
     'torch': ('torch',),
@@ -107,16 +107,14 @@ class CompressionReport:
 
     def _structure(self, reports: Mapping[str, ModuleReport]) -> list[str]:
         kept = {
-            name: [100 * x.groups / report.num_tokens for x in report.layers]
+            name: [100 * x.kept / report.num_tokens for x in report.layers]
             for name, report in reports.items()
         }
         return [
             '<h2>Structure and costs</h2>',
             '<p>Patch tokens each layer works on, and its '
-            'multiply-accumulates with merging and restoring. Loss at 50 %, '
-            'where it was measured, is how far the predictions move (KL '
-            'divergence from the dense model) with one layer alone on half '
-            'of its tokens.</p>',
+            'multiply-accumulates with finding groups, merging and '
+            'restoring.</p>',
             html.chart(
                 depth_figure(kept, 'patch tokens kept, %', 100),
                 'Share of the patch tokens kept, by layer',
@@ -249,42 +247,29 @@ def machine() -> str:
 
 def _module_table(name: str, report: ModuleReport) -> list[str]:
     height, width = report.grid
-    merging = any(x.attended != x.groups for x in report.layers)
+    between = any(x.attended != x.kept for x in report.layers)
     pruned = any(x.pruned for x in report.layers)
-    losses = any(x.loss is not None for x in report.layers)
-    heads = ['layer']
-    heads += ['attention', 'MLP'] if merging else ['groups']
+    heads = ['layer', *['attention', 'MLP'][not between :]]
     heads += ['pruned'] * pruned
-    heads += ['tokens', 'GMACs', 'dense', 'of dense']
-    heads += ['loss at 50 %'] * losses
+    heads += ['tokens', 'GMACs', 'of dense']
     rows = []
     for index, x in enumerate(report.layers):
-        row = [str(index)]
-        row += [str(x.attended)] * merging + [str(x.groups)]
+        row = [str(index), *[str(x.attended), str(x.kept)][not between :]]
         row += [str(x.pruned)] * pruned
-        row += [
-            html.share_bar(x.groups / report.num_tokens),
-            *_costs(x),
-        ]
-        if losses:
-            row.append('' if x.loss is None else f'{x.loss:.5f}')
-        rows.append(row)
-    blank = len(heads) - 4 - losses
-    rows.append(['all', *[''] * blank, *_costs(report), *[''] * losses])
+        row.append(html.share_bar(x.kept / report.num_tokens))
+        rows.append([*row, *_costs(x.macs, report.layer_macs)])
+    blank = [''] * (len(heads) - 3)
+    rows.append(['all', *blank, *_costs(report.macs, report.dense_macs)])
     return [
         f'<h3>{escape(name)}</h3>',
-        f'<p>{report.num_tokens} patch tokens ({height}x{width}), '
+        f'<p>{report.num_tokens} patch tokens ({height}x{width}); '
         f'{escape(report.kind)}</p>',
         html.table(heads, rows, total=True),
     ]
 
 
-def _costs(part: LayerReport | ModuleReport) -> tuple[str, str, str]:
-    return (
-        f'{part.macs / 1e9:.3f}',
-        f'{part.dense_macs / 1e9:.3f}',
-        html.share_bar(part.macs / part.dense_macs),
-    )
+def _costs(macs: float, dense: float) -> tuple[str, str]:
+    return f'{macs / 1e9:.3f}', html.share_bar(macs / dense)
 
 
 def _ranking(inspection: Inspection, meta: dict) -> str:

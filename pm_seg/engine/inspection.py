@@ -19,7 +19,7 @@ from mmengine.registry import DATASETS
 from mmengine.utils import to_2tuple
 from torch import Tensor
 
-from ..core import GroupRecorder, TokenCompressor
+from ..core import GroupRecorder
 from ..visualization import (
     CHANGED,
     JUDGED,
@@ -223,20 +223,14 @@ def test_pipeline(cfg: Config) -> Compose:
 
 
 def require_structure(model: BaseModel) -> None:
-    """Raise ``ValueError`` unless the model can run compressed.
-
-    Merging by similarity needs no data and is given its schedule.
-    """
+    """Raise ``ValueError`` unless the model can run compressed."""
     for name, module in require_compressible(model).items():
-        compressor = module.compressor
-        if not compressor.has_structure:
-            if isinstance(compressor, TokenCompressor):
-                raise ValueError(
-                    f'{name} has no token groups yet: the checkpoint is a '
-                    'dense one. Compress it first: python tools/compress.py '
-                    'CONFIG CHECKPOINT --out pm.pth'
-                )
-            compressor.build()
+        if not module.compressor.has_structure:
+            raise ValueError(
+                f'{name} has no token groups yet: the checkpoint is a dense '
+                'one. Compress it first: python tools/compress.py CONFIG '
+                'CHECKPOINT --out pm.pth'
+            )
 
 
 @torch.no_grad()
@@ -336,10 +330,10 @@ def module_scores(model: BaseModel) -> dict[str, np.ndarray]:
     """Scores (layers, h, w) of the modules whose structure has any."""
     return {
         name or type(module).__name__: module.compressor.scores.cpu()
-        .view(-1, *module.compressor.grid)
+        .view(-1, *module.compressor.shape.grid)
         .numpy()
         for name, module in compressible_modules(model).items()
-        if module.compressor.uses_scores and module.compressor.has_scores
+        if module.compressor.needs_scores and module.compressor.has_scores
     }
 
 
@@ -350,7 +344,7 @@ def structure_figures(model: BaseModel) -> dict[str, Figure]:
         model (BaseModel): With a structure, not wrapped.
     """
     kept = {
-        name: [100 * x.groups / report.num_tokens for x in report.layers]
+        name: [100 * x.kept / report.num_tokens for x in report.layers]
         for name, report in module_reports(model).items()
     }
     figures = {'tokens': depth_figure(kept, 'patch tokens kept, %', 100)}

@@ -13,7 +13,7 @@ from mmengine.dist import all_reduce, broadcast
 from mmengine.model import BaseModel, is_model_wrapper
 from torch import Tensor, nn
 
-from ..core import ScoreRecorder, TokenCompressor
+from ..core import ProgressiveCompressor, ScoreRecorder
 from ..models.compressible import CompressibleMixin
 from ..models.distillation import DistillationMixin
 from .faults import check_labels
@@ -35,16 +35,17 @@ def scored_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
     return {
         name: module
         for name, module in compressible_modules(model).items()
-        if module.compressor.uses_scores
+        if module.compressor.needs_scores
     }
 
 
 def calibrated_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
-    """Compressible modules with measured budgets and detail paths."""
+    """Compressible modules that a calibration makes better, by name."""
     return {
         name: module
         for name, module in compressible_modules(model).items()
-        if isinstance(module.compressor, TokenCompressor)
+        if isinstance(module.compressor, ProgressiveCompressor)
+        and module.compressor.calibrates
     }
 
 
@@ -55,7 +56,7 @@ def require_compressible(model: nn.Module) -> dict[str, CompressibleMixin]:
         raise ValueError(
             f'{type(model).__name__} has nothing to compress; give its '
             "backbone type='PMVisionTransformer' and "
-            'compression=dict(keep=0.7)'
+            'compression=dict(keep=0.5)'
         )
     return modules
 
@@ -127,6 +128,36 @@ def take(batches: Iterable[dict], count: int) -> Iterator[dict]:
             )
 
 
+@contextmanager
+def dense_losses(model: BaseModel) -> Iterator[None]:
+    """Losses of the dense model on labels, with frozen weights."""
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(frozen(model))
+        stack.enter_context(uncompressed(model))
+        if isinstance(model, DistillationMixin):
+            stack.enter_context(model.supervised())
+        yield
+
+
+def backpropagate(
+    model: BaseModel,
+    batches: Iterable[dict],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Back-propagate the loss of each batch, for what watches the values."""
+    if progress:
+        progress(0)
+    for done, data in enumerate(batches, 1):
+        check_labels(model, data)
+        data = model.data_preprocessor(data, training=True)
+        with torch.enable_grad():
+            losses = model(**data, mode='loss')
+            model.parse_losses(losses)[0].backward()
+        if progress:
+            progress(done)
+
+
 def gather_scores(
     model: BaseModel,
     batches: Iterable[dict],
@@ -160,31 +191,18 @@ def gather_scores(
     require_compressible(model)
     recorders: dict[str, ScoreRecorder] = {}
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(frozen(model))
-        stack.enter_context(uncompressed(model))
-        if isinstance(model, DistillationMixin):
-            stack.enter_context(model.supervised())
+        stack.enter_context(dense_losses(model))
         for name, module in scored_modules(model).items():
-            compressor = module.compressor
+            shape = module.compressor.shape
             recorders[name] = stack.enter_context(
                 ScoreRecorder(
                     module.score_taps,
-                    compressor.num_tokens,
-                    compressor.num_prefix,
+                    shape.num_tokens,
+                    shape.num_prefix,
                     reduction,
                 )
             )
-        if progress:
-            progress(0)
-        for done, data in enumerate(take(batches, num_batches), 1):
-            check_labels(model, data)
-            data = model.data_preprocessor(data, training=True)
-            with torch.enable_grad():
-                losses = model(**data, mode='loss')
-                model.parse_losses(losses)[0].backward()
-            if progress:
-                progress(done)
+        backpropagate(model, take(batches, num_batches), progress)
     for recorder in recorders.values():
         _reduce(recorder)
     return {name: recorder.scores() for name, recorder in recorders.items()}

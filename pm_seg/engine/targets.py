@@ -1,17 +1,18 @@
-"""Choosing keep so that the model meets a budget."""
+"""Budgets of the whole model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from mmengine.dist import broadcast
 from mmengine.model import BaseModel
 from mmengine.utils import to_2tuple
 
 from ..utils import count_macs, median, time_interleaved
 from .scoring import evaluating, require_compressible, uncompressed
 
-TARGETS = ('gmacs', 'share', 'backbone_share', 'latency_ms')
+TARGETS = ('gmacs', 'share', 'latency_ms')
 
 
 def check_target(target: dict[str, float]) -> tuple[str, float]:
@@ -22,27 +23,34 @@ def check_target(target: dict[str, float]) -> tuple[str, float]:
             'example target=dict(share=0.7)'
         )
     ((kind, value),) = target.items()
-    shares = kind.endswith('share')
-    if value <= 0 or (shares and value > 1):
-        limit = 'in (0, 1]' if shares else 'above 0'
+    if value <= 0 or (kind == 'share' and value > 1):
+        limit = 'in (0, 1]' if kind == 'share' else 'above 0'
         raise ValueError(f'target {kind}={value} must be {limit}')
     return kind, float(value)
+
+
+def native_images(model: BaseModel) -> torch.Tensor:
+    """One image of the size the model was built for, zeros."""
+    backbone = model.backbone
+    size = getattr(backbone, 'img_size', None)
+    size = to_2tuple(size or backbone.patch_embed.img_size)  # timm
+    return torch.zeros(1, 3, *size, device=next(model.parameters()).device)
 
 
 def meet_target(
     model: BaseModel, target: dict[str, float], steps: int = 12
 ) -> float:
-    """Find the highest keep within a budget and structure the model for it.
+    """Find the highest keep within a budget of the whole model and set it.
 
-    The same keep goes to every compressible module; bisection, from the
-    scores the modules already have.
+    The same keep goes to every compressible module; bisection. In a
+    distributed run the first process decides for all: latencies differ.
 
     Args:
-        model (BaseModel): A scored model, not wrapped.
+        model (BaseModel): Not wrapped; with scores, if it needs them.
         target (dict): One of ``gmacs`` (of the whole model, one image of the
-            native size), ``share`` (of the dense model's GMACs),
-            ``backbone_share`` (the same of the backbone alone) and
-            ``latency_ms`` (one image, this device, eager).
+            native size), ``share`` (of the dense model's GMACs) and
+            ``latency_ms`` (one image, this device, eager: compiled or in
+            batches it is another).
         steps (int): Bisection steps. Defaults to 12.
 
     Returns:
@@ -53,63 +61,57 @@ def meet_target(
     """
     kind, limit = check_target(target)
     modules = [m.compressor for m in require_compressible(model).values()]
-    backbone = model.backbone
-    size = getattr(backbone, 'img_size', None)
-    size = to_2tuple(size or backbone.patch_embed.img_size)  # timm
-    device = next(model.parameters()).device
-    images = torch.zeros(1, 3, *size, device=device)
+    images = native_images(model)
 
     @torch.no_grad()
     def run() -> None:
-        if kind == 'backbone_share':
-            model.backbone(images)
-        else:
-            model(images, mode='tensor')
+        model(images, mode='tensor')
 
     def gmacs() -> float:
         return count_macs(run) / 1e9
 
     def latency() -> float:
-        return (
-            median(time_interleaved({'model': run}, rounds=7)['model']) * 1e3
-        )
+        times = time_interleaved({'model': run}, rounds=7)
+        return median(times['model']) * 1e3
 
     cost: Callable[[], float] = latency if kind == 'latency_ms' else gmacs
 
     def cost_at(keep: float) -> float | None:
-        """Cost at a keep, None if it leaves a layer without tokens."""
-        for compressor in modules:
-            compressor.keep = keep
-            try:
-                compressor.build()
-            except ValueError:
-                return None
-        return cost()
+        """Cost at a keep, None if it is out of reach."""
+        try:
+            for compressor in modules:
+                compressor.set_keep(keep)
+        except ValueError:
+            return None
+        value = torch.tensor(cost(), dtype=torch.float64)
+        broadcast(value)
+        return value.item()
 
-    best, lowest = None, float('inf')
-    low = 0.0
-    high = 1.0 - max(getattr(module, 'prune', 0.0) for module in modules)
+    best, lowest, unit = None, float('inf'), 1.0
+    low, high = 0.0, 1.0
     keep = high
     with evaluating(model):
-        if kind.endswith('share'):
+        if kind == 'share':
             with uncompressed(model):
-                limit *= gmacs()
+                unit = gmacs()
         for _ in range(steps):
             value = cost_at(keep)
-            if value is not None and value <= limit:
+            if value is not None and value <= limit * unit:
                 best = keep
-            if best == high:
+            if best == 1.0:
                 break
-            if value is None or value <= limit:
+            if value is None or value <= limit * unit:
                 low = keep
             else:
                 high, lowest = keep, min(lowest, value)
             keep = (low + high) / 2
         if best is not None:
-            cost_at(best)
+            for compressor in modules:
+                compressor.set_keep(best)
             return best
+    least = lowest / unit
     raise ValueError(
-        f'target {kind}={target[kind]} cannot be met: the lowest keep '
-        f'tried still costs {lowest:.3g} against {limit:.3g}; compress '
-        "more layers, or use budget='layer'"
+        f'target {kind}={target[kind]} cannot be met: the least found is '
+        f'{kind}={least:.3g}; ask for more than that, or compress more layers '
+        '(a lower first)'
     )

@@ -139,7 +139,7 @@ class DistillationMixin:
                 'than teacher.model: give the dense checkpoint this model '
                 'was compressed from, or set teacher.model to the config of '
                 f'the checkpoint. {error}'
-            ) from error
+            ) from None
         if missing:
             raise RuntimeError(
                 f'the teacher checkpoint {path} lacks {missing[:8]}; it must '

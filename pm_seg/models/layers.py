@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,37 +12,122 @@ from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
 from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
 
+from ..core import EncoderShape, Layer, LayerCost
+from ..core.merging import Grid
+
 
 def fused_attention(
     qkv: Tensor,
     num_heads: int,
     value_tap: nn.Module,
-    key_bias: Tensor | None = None,
+    log_size: Tensor | None = None,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Multi-head self-attention on ``F.scaled_dot_product_attention``.
 
     Args:
         qkv (Tensor): Queries, keys and values of all heads, (B, T, 3 C).
         num_heads (int): Heads, each of D = C / heads channels.
         value_tap (nn.Module): The values (B, heads, T, D) pass through it.
-        key_bias (Tensor, optional): Added to the attention logits of each
-            key, (B, 1, 1, T).
+        log_size (Tensor, optional): Added to the attention logits of each
+            key, (B, T): a token counts as often as the patches it stands for.
         dropout (float): Rate on the attention weights. Defaults to 0.
 
     Returns:
-        tuple[Tensor, Tensor]: (B, T, C) before the output projection, and
-        the keys (B, heads, T, D).
+        Tensor: (B, T, C), before the output projection.
     """
     batch, tokens, _ = qkv.shape
     qkv = qkv.view(batch, tokens, 3, num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D)
-    if key_bias is not None:
-        key_bias = key_bias.to(q.dtype).expand(-1, -1, tokens, -1)
-    out = F.scaled_dot_product_attention(
-        q, k, value_tap(v), attn_mask=key_bias, dropout_p=dropout
+    out = size_aware_attention(q, k, value_tap(v), log_size, dropout)
+    return out.transpose(1, 2).flatten(2)
+
+
+def size_aware_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention with ``log_size`` added to the logits of each key.
+
+    Args:
+        q, k, v (Tensor): (B, heads, T, D).
+        log_size (Tensor, optional): (B, T). None for plain attention.
+        dropout (float): Rate on the attention weights. Defaults to 0.
+
+    Returns:
+        Tensor: (B, heads, T, D).
+    """
+    if log_size is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    # A mask costs nothing on a CPU. On accelerators it rules out the fastest
+    # kernels; channels do not.
+    attend = (
+        attention_with_mask
+        if q.device.type == 'cpu'
+        else attention_with_channels
     )
-    return out.transpose(1, 2).flatten(2), k
+    return attend(q, k, v, log_size, dropout)
+
+
+def attention_with_mask(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, dropout: float
+) -> Tensor:
+    """:func:`size_aware_attention` by a mask."""
+    mask = log_size.to(q.dtype)[:, None, None]
+    mask = mask.expand(-1, -1, q.shape[2], -1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout
+    )
+
+
+def attention_with_channels(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, dropout: float
+) -> Tensor:
+    """:func:`size_aware_attention` by more channels, exactly::
+
+        [q, 1, 1, 0...] [k, a, b, 0...]^T = q k^T + a + b
+
+    with ``a + b = log_size sqrt(D)``, split in two so that half precision
+    rounds the second part only, and zeros up to a multiple of 8 channels.
+    """
+    dims = q.shape[3]
+    scale = dims**-0.5
+    bias = (log_size / scale)[:, None, :, None].expand(*k.shape[:3], 1)
+    first = bias.to(k.dtype)
+    rest = (bias - first).to(k.dtype)
+    spare = -(dims + 2) % 8
+    q = torch.cat(
+        [F.pad(q, (0, 2), value=1.0), q.new_zeros(*q.shape[:3], spare)], 3
+    )
+    k = torch.cat([k, first, rest, k.new_zeros(*k.shape[:3], spare)], 3)
+    v = F.pad(v, (0, 2 + spare))
+    out = F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, scale=scale
+    )
+    return out[..., :dims]
+
+
+def mean_keys(
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int
+) -> Tensor:
+    """Keys averaged over the heads, by one projection to a head's channels.
+
+    Args:
+        x (Tensor): Normed tokens, (B, T, C).
+        weight (Tensor): Of queries, keys and values, (3 C, C).
+        bias (Tensor, optional): The same, (3 C,).
+        num_heads (int): Heads.
+
+    Returns:
+        Tensor: (B, T, D).
+    """
+    key = weight.chunk(3)[1].unflatten(0, (num_heads, -1)).mean(0)
+    if bias is not None:
+        bias = bias.chunk(3)[1].unflatten(0, (num_heads, -1)).mean(0)
+    return F.linear(x, key, bias)
 
 
 class FusedMultiheadAttention(MultiheadAttention):
@@ -58,41 +144,31 @@ class FusedMultiheadAttention(MultiheadAttention):
         super().__init__(*args, **kwargs)
         self.value_tap = nn.Identity()
 
-    def forward(self, query: Tensor, identity: Tensor) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        identity: Tensor,
+        log_size: Tensor | None = None,
+    ) -> Tensor:
         """Self-attention plus identity.
 
         Args:
-            query (Tensor): (B, T, C).
-            identity (Tensor): (B, T, C).
+            query, identity (Tensor): (B, T, C).
+            log_size (Tensor, optional): See :func:`fused_attention`.
 
         Returns:
             Tensor: (B, T, C).
         """
-        return self.attend(query, identity)[0]
-
-    def attend(
-        self, query: Tensor, identity: Tensor, key_bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`forward`, returning the keys too.
-
-        Args:
-            query, identity (Tensor): (B, T, C).
-            key_bias (Tensor, optional): Added to the attention logits of
-                each key, (B, 1, 1, T).
-
-        Returns:
-            tuple[Tensor, Tensor]: (B, T, C) and the keys (B, heads, T, D).
-        """
         attn = self.attn
-        out, keys = fused_attention(
+        out = fused_attention(
             F.linear(query, attn.in_proj_weight, attn.in_proj_bias),
             attn.num_heads,
             self.value_tap,
-            key_bias,
+            log_size,
             attn.dropout if self.training else 0.0,
         )
         out = attn.out_proj(out)
-        return identity + self.dropout_layer(self.proj_drop(out)), keys
+        return identity + self.dropout_layer(self.proj_drop(out))
 
 
 class PlainFFN(FFN):
@@ -124,44 +200,68 @@ class PMTransformerEncoderLayer(TransformerEncoderLayer):
     def build_ffn(self, ffn_cfg: dict) -> None:
         self.ffn = PlainFFN(**ffn_cfg)
 
-    def attend(
-        self, x: Tensor, key_bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The first half, see :meth:`FusedMultiheadAttention.attend`."""
-        return self.attn.attend(self.norm1(x), x, key_bias)
+    def attend(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+        """See :class:`~pm_seg.core.Layer`."""
+        return self.attn(self.norm1(x), x, log_size)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half, (B, T, C)."""
+        """See :class:`~pm_seg.core.Layer`."""
         return self.ffn(self.norm2(x), identity=x)
 
-    def _block(self, x: Tensor) -> Tensor:
-        return self.feed_forward(self.attn(self.norm1(x), identity=x))
+    def mean_keys(self, x: Tensor) -> Tensor:
+        """See :class:`~pm_seg.core.Layer`."""
+        attn = self.attn.attn
+        return mean_keys(
+            self.norm1(x),
+            attn.in_proj_weight,
+            attn.in_proj_bias,
+            attn.num_heads,
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the layer on tokens (B, T, C)."""
-        if self.with_cp and torch.is_grad_enabled():
-            return cp.checkpoint(self._block, x, use_reentrant=False)
-        return self._block(x)
-
-
-def token_dims(layer: nn.Module) -> int:
-    """C, channels of the tokens an encoder layer works on."""
-    attention = layer.attn
-    if hasattr(attention, 'embed_dims'):
-        return attention.embed_dims
-    return attention.qkv.in_features  # timm
+    def forward(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+        """Run the layer, see :class:`~pm_seg.core.Layer`."""
+        return run_halves(self, x, log_size)
 
 
-def layer_cost(layer: nn.Module) -> tuple[int, int]:
-    """Multiply-accumulates of an encoder layer.
+def run_halves(
+    layer: Layer, x: Tensor, log_size: Tensor | None = None
+) -> Tensor:
+    """Both halves of a layer, with activation checkpointing if it says so."""
 
-    Every weight matrix once per token, and the two products of attention.
+    def run(x: Tensor) -> Tensor:
+        return layer.feed_forward(layer.attend(x, log_size))
 
-    Returns:
-        tuple[int, int]: a and b of ``a T + b T^2`` on T tokens.
+    if layer.with_cp and torch.is_grad_enabled():
+        return cp.checkpoint(run, x, use_reentrant=False)
+    return run(x)
+
+
+def encoder_shape(
+    layers: Sequence[nn.Module], grid: Grid, num_prefix: int
+) -> EncoderShape:
+    """Sizes and costs of a transformer.
+
+    Args:
+        layers (Sequence[nn.Module]): Alike, each with its attention in
+            ``attn``. Every weight matrix counts once per token, attention by
+            its two products.
+        grid (tuple[int, int]): Patch rows and columns.
+        num_prefix (int): P.
     """
-    weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
-    return weights, 2 * token_dims(layer)
+    layer, attention = layers[0], layers[0].attn
+    if hasattr(attention, 'embed_dims'):
+        dims, heads = attention.embed_dims, attention.num_heads
+    else:  # timm
+        dims, heads = attention.qkv.in_features, attention.num_heads
+    inside = _matrices(attention)
+    cost = LayerCost(inside, _matrices(layer) - inside, 2 * dims)
+    return EncoderShape(
+        len(layers), grid, num_prefix, dims, dims // heads, cost
+    )
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)
 
 
 def append_layers(

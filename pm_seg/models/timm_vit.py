@@ -8,8 +8,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..core.structure import Grid
+from ..core import CLASSIFICATION
+from ..core.merging import Grid
 from .compressible import CompressibleMixin
+from .layers import mean_keys, size_aware_attention
 
 
 class QkvTap:
@@ -42,6 +44,45 @@ class QkvTap:
         return self.attention.qkv.register_forward_hook(watch)
 
 
+class TimmLayer:
+    """A timm ``Block`` as :class:`~pm_seg.core.Layer`; parameters stay there.
+
+    Args:
+        block (nn.Module): With timm's ``Attention``.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+        if log_size is None:
+            return self.block(x)
+        return self.feed_forward(self.attend(x, log_size))
+
+    def attend(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+        block, attn = self.block, self.block.attn
+        heads = (3, attn.num_heads, attn.head_dim)
+        qkv = attn.qkv(block.norm1(x)).unflatten(2, heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D)
+        rate = attn.attn_drop.p if attn.training else 0.0
+        out = size_aware_attention(
+            attn.q_norm(q), attn.k_norm(k), v, log_size, rate
+        )
+        out = attn.norm(out.transpose(1, 2).flatten(2))
+        out = attn.proj_drop(attn.proj(out))
+        return x + block.drop_path1(block.ls1(out))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    def mean_keys(self, x: Tensor) -> Tensor:
+        attn = self.block.attn
+        return mean_keys(
+            self.block.norm1(x), attn.qkv.weight, attn.qkv.bias, attn.num_heads
+        )
+
+
 class CompressedBlocks(CompressibleMixin, nn.Module):
     """The blocks of a timm Vision Transformer, run through a compressor.
 
@@ -53,11 +94,11 @@ class CompressedBlocks(CompressibleMixin, nn.Module):
         blocks (nn.Sequential): The model's own blocks.
         grid (tuple[int, int]): Patch rows and columns.
         num_prefix (int): Class, register and distillation tokens.
-        compression (dict): Options of :class:`pm_seg.core.TokenCompressor`.
+        compression (dict): See :func:`pm_seg.core.make_compressor`.
     """
 
     own_keys = ('compressor.',)
-    default_compression = {'adapt': 0}  # as the classifiers of mmpretrain
+    default_compression = CLASSIFICATION
 
     def __init__(
         self,
@@ -73,18 +114,23 @@ class CompressedBlocks(CompressibleMixin, nn.Module):
         self.build_compressor(compression, grid, num_prefix)
 
     @property
-    def layers(self) -> list[nn.Module]:
-        """The blocks."""
+    def blocks(self) -> list[nn.Module]:
+        """timm's blocks."""
         return [self.get_submodule(str(i)) for i in range(self.depth)]
+
+    @property
+    def layers(self) -> list[TimmLayer]:
+        """The blocks as a compressor calls them."""
+        return [TimmLayer(block) for block in self.blocks]
 
     @property
     def score_taps(self) -> list[QkvTap]:
         """See :class:`QkvTap`."""
-        return [QkvTap(layer.attn) for layer in self.layers]
+        return [QkvTap(block.attn) for block in self.blocks]
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all blocks on tokens of the native grid, (B, P+N, C)."""
-        return self.run_layers(x, self.compressor.grid)[0]
+        return self.run_layers(x, self.compressor.shape.grid).last
 
     def __len__(self) -> int:
         return self.depth
@@ -100,7 +146,7 @@ class CompressedBlocks(CompressibleMixin, nn.Module):
             'compressed blocks run as a whole: forward, forward_features and '
             'forward_head work, single blocks (forward_intermediates, '
             'attn_mask, grad checkpointing) do not. The blocks themselves '
-            'are model.blocks.layers'
+            'are model.blocks.blocks'
         )
 
 
@@ -109,13 +155,13 @@ def compress_timm_blocks(model: nn.Module, compression: dict) -> None:
 
     Args:
         model (timm.models.VisionTransformer): Or a subclass, as DeiT's.
-        compression (dict): Options of :class:`pm_seg.core.TokenCompressor`.
+        compression (dict): See :func:`pm_seg.core.make_compressor`.
 
     Raises:
         ValueError: If the model does something that compression does not
             know, or an option is wrong.
     """
-    problem = _problem(model, compression)
+    problem = _problem(model)
     if problem:
         raise ValueError(f'{type(model).__name__}: {problem}')
     model.blocks = CompressedBlocks(
@@ -126,24 +172,22 @@ def compress_timm_blocks(model: nn.Module, compression: dict) -> None:
     )
 
 
-def _problem(model: nn.Module, compression: dict) -> str | None:
+def _problem(model: nn.Module) -> str | None:
     """What stands against compressing this model, None if nothing."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block
+
     if isinstance(model.blocks, CompressedBlocks):
         return 'is compressible already; start from the timm model'
-    kind = compression.get('type', 'prune_merge')
-    if kind != 'prune_merge':
-        return (
-            f"type={kind!r} works between a block's attention and its MLP, "
-            "which timm's blocks do not offer; use type='prune_merge', with "
-            "builder='matching' for groups by similarity"
-        )
-    attentions = [getattr(block, 'attn', None) for block in model.blocks]
-    parts = ('qkv', 'num_heads', 'head_dim')
-    if not all(hasattr(attn, part) for attn in attentions for part in parts):
-        return (
-            "needs blocks with timm's Attention (one qkv layer), got "
-            f'{type(model.blocks[0]).__name__}'
-        )
+    for block in model.blocks:
+        if type(block) is not Block or type(block.attn) is not Attention:
+            return (
+                "needs timm's Block with its Attention, got "
+                f'{type(block).__name__} with '
+                f'{type(getattr(block, "attn", None)).__name__}'
+            )
+        if getattr(block.attn, 'gate', None) is not None:
+            return 'gated attention is not known here'
     if getattr(model, 'dynamic_img_size', False):
         return (
             'dynamic_img_size=True does not tell the blocks their grid; '

@@ -1,4 +1,4 @@
-"""True multiply-accumulate counts, fused attention and token maps included."""
+"""True multiply-accumulate counts, fused attention and merging included."""
 
 from __future__ import annotations
 
@@ -8,49 +8,35 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.segments import counted_as_sums
-
 _ATEN = torch.ops.aten
 
 
-def _gather_flops(x, *args, out_shape=None, **kwargs) -> int:
-    """One multiply-accumulate for each merged or restored value."""
+def _out_flops(x, *args, out_shape=None, **kwargs) -> int:
+    """One multiply-accumulate for each value of an output of rows."""
     return 2 * _numel(out_shape) if len(out_shape) > 1 else 0
 
 
-def _scatter_flops(x, dim, index, source, *args, **kwargs) -> int:
+def _add_flops(x, dim, index, source, *args, **kwargs) -> int:
     return 2 * _numel(source)
-
-
-def _bag_flops(rows, index, *args, **kwargs) -> int:
-    return 2 * _numel(index) * rows[1]
-
-
-def _count_flops(x, *args, **kwargs) -> int:
-    return 2 * _numel(x)
 
 
 def _numel(shape) -> int:
     return int(torch.Size(shape).numel())
 
 
-_TOKEN_MAP_FLOPS = {
-    _ATEN.index_select: _gather_flops,
-    _ATEN.gather: _gather_flops,
-    _ATEN._embedding_bag: _bag_flops,
-    _ATEN._embedding_bag_forward_only: _bag_flops,
-    _ATEN.scatter_add: _scatter_flops,
-    _ATEN.bincount: _count_flops,
+_MERGE_FLOPS = {
+    _ATEN.index_select: _out_flops,
+    _ATEN.index_add: _add_flops,
 }
 
 
 @torch.no_grad()
 def count_macs(function: Callable[[], object]) -> int:
-    """Multiply-accumulates of one call.
+    """Multiply-accumulates of one call, as it runs.
 
     Matrix products and convolutions by torch's ``FlopCounterMode``; fused
-    attention as its two products (other counters report 0 for it); merge,
-    restore and shortcut one for each value touched.
+    attention as its two products (other counters report 0 for it); merging
+    and restoring one for each value that moves.
 
     Args:
         function (Callable): For example ``lambda: model(images)``.
@@ -58,7 +44,7 @@ def count_macs(function: Callable[[], object]) -> int:
     Returns:
         int: MACs, half of the FLOPs.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_TOKEN_MAP_FLOPS)
-    with sdpa_kernel(SDPBackend.MATH), counted_as_sums(), counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_MERGE_FLOPS)
+    with sdpa_kernel(SDPBackend.MATH), counter:
         function()
     return counter.get_total_flops() // 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -134,3 +136,24 @@ class ProgressReporter:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+@contextmanager
+def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows what is being done, one bar after the other.
+
+    What it yields is called with a title, the steps done, 0 at first, and
+    their total.
+    """
+    with ExitStack() as stack:
+        reports: dict[str, ProgressReporter] = {}
+
+        def progress(title: str, done: int, total: int) -> None:
+            if title not in reports:
+                reporter = ProgressReporter(title, total)
+                reports[title] = stack.enter_context(reporter)
+            reports[title](done)
+            if done == total:
+                stack.close()
+
+        yield progress

@@ -5,27 +5,42 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from types import ModuleType
 
 import pytest
 from helpers import ROOT
 
 from pm_seg.cli.parser import command, make_parser, wrong_usage
-from pm_seg.core import TokenCompressor
+from pm_seg.core.compressor import check_share
 
-#: Scripts for those who work on the package.
-INTERNAL = {'make_api_docs', 'mutation_check'}
+#: Scripts whose help is argparse's own.
+PLAIN = {'make_api_docs', 'lab/mutation_check', 'lab/faults'}
 TOOLS = sorted(
-    {path.stem for path in (ROOT / 'tools').glob('*.py')} - INTERNAL
+    str(path.relative_to(ROOT / 'tools').with_suffix(''))
+    for path in (ROOT / 'tools').glob('**/*.py')
+    if 'parse_args' in path.read_text() or path.parent.name == 'tools'
 )
+TOOLS = [tool for tool in TOOLS if tool not in PLAIN]
+
+
+def module_of(tool: str) -> ModuleType:
+    """What a script runs: the package's, or itself in the laboratory."""
+    folder, _, name = tool.rpartition('/')
+    return importlib.import_module(name if folder else f'pm_seg.cli.{name}')
 
 
 def help_of(tool: str, capsys, monkeypatch) -> str:
     monkeypatch.setenv('COLUMNS', '80')
-    main = importlib.import_module(f'pm_seg.cli.{tool}').main
     with pytest.raises(SystemExit) as error:
-        main(['--help'])
+        module_of(tool).main(['--help'])
     assert error.value.code == 0
     return capsys.readouterr().out
+
+
+def test_tools_of_users_and_of_the_laboratory_are_found() -> None:
+    assert {'train', 'benchmark', 'lab/growth', 'lab/camvid_table'} <= set(
+        TOOLS
+    )
 
 
 @pytest.mark.parametrize('tool', TOOLS)
@@ -47,10 +62,9 @@ def test_examples_are_understood(tool: str, capsys, monkeypatch) -> None:
     lines = text[text.index('\nexample') :].splitlines()
     commands = [shlex.split(line) for line in lines if ' python ' in line]
     assert 1 <= len(commands) <= 3
-    module = importlib.import_module(f'pm_seg.cli.{tool}')
     for python, script, *arguments in commands:
         assert (python, script) == ('python', f'tools/{tool}.py')
-        module.parse_args(arguments)
+        module_of(tool).parse_args(arguments)
         for word in arguments:
             if word.startswith('configs/'):
                 assert (ROOT / word).is_file()
@@ -58,9 +72,8 @@ def test_examples_are_understood(tool: str, capsys, monkeypatch) -> None:
 
 @pytest.mark.parametrize('tool', TOOLS)
 def test_unknown_flags_are_wrong_usage(tool: str, capsys) -> None:
-    main = importlib.import_module(f'pm_seg.cli.{tool}').main
     with pytest.raises(SystemExit) as error:
-        main(['--no-such-flag'])
+        module_of(tool).main(['--no-such-flag'])
     assert error.value.code == 2
     assert f'{tool}.py: error' in capsys.readouterr().err
 
@@ -96,7 +109,7 @@ def test_own_errors_are_messages(capsys, monkeypatch) -> None:
     @command()
     def main() -> None:
         try:
-            TokenCompressor(2, (4, 4), 1, keep=2.0)
+            check_share('keep', 2.0)
         except ValueError as error:  # as mmengine's registries do
             raise ValueError(f'class X in file: {error}') from error
 

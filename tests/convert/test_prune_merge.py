@@ -48,7 +48,8 @@ def test_trained_classifier(distilled: bool) -> None:
     assert compression['layers'] == [0, 2]
     assert compression['num_groups'] == [12 - prefix, 9 - prefix]
     assert compression['matrices'] == 'dense'
-    assert compression['prune'] == 2 / 16
+    assert compression['prune_rate'] == 2 / 16
+    assert compression['type'] == 'paper'
     image = torch.randn(2, 3, 32, 32)
     expected = run_vit(state, image, heads=2)
     model = build_classifier(converted.model, converted.state_dict)
@@ -77,8 +78,8 @@ def test_trained_segmenter_with_merge_list() -> None:
     )
     converted = convert_pm_segmenter(state, Hints(facts=facts))
     compression = converted.model['backbone']['compression']
-    assert compression['keep'] == pytest.approx(0.6)
-    assert compression['budget'] == 'layer'
+    assert compression['keep_rate'] == pytest.approx(0.6)
+    assert compression['threshold'] == 'layer'
     stored = converted.state_dict['backbone.compressor.scores']
     assert torch.equal(stored, facts['scores'])
     image = torch.randn(2, 3, 32, 32)
@@ -86,8 +87,9 @@ def test_trained_segmenter_with_merge_list() -> None:
     with torch.no_grad():
         masks = model(image, mode='tensor')
     close(masks, run_segmenter(state, image, heads=2))
-    assert model.backbone.compressor.num_groups == [16, 9, 16, 9]
-    assert model.backbone.compressor.num_pruned == [0, 3, 0, 3]
+    loads = model.backbone.compressor.loads()
+    assert [load.kept for load in loads] == [16, 9, 16, 9]
+    assert [load.pruned for load in loads] == [0, 3, 0, 3]
 
     # Blocks outside the list run on all tokens, whatever is stored.
     facts = dict(merge_list=torch.tensor([3]), scores=torch.rand(1, 16))
@@ -141,7 +143,7 @@ def not_compressed(state: dict, facts: dict) -> None:
         (fact(merge_list=[0, 1, 2]), 'merge_list names'),
         (fact(scores=[[1.0, 2.0]]), r'scores have shape \(1, 2\)'),
         (fact(scores=[[-1.0] * 16] * 3), 'scores must be >= 0'),
-        (fact(keep=1.5), 'keep=1.5 is not in'),
+        (fact(keep=1.5), 'keep_rate=1.5 is not in'),
         (not_compressed, 'this checkpoint is not compressed'),
     ],
 )

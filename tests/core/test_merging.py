@@ -1,139 +1,221 @@
-"""ToMe and ALGM."""
+"""Merge and restore of given groups, for any groups."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor
 
-from pm_seg.core import MergingCompressor
-from pm_seg.core.merging import match, match_windows, pool
-
-
-def plain_matching(metric: torch.Tensor, count: int) -> set:
-    """Pairs of tokens that merge, one image, written as loops."""
-    unit = F.normalize(metric, dim=-1)
-    best = []
-    for i in range(0, len(unit), 2):
-        scores = {j: float(unit[i] @ unit[j]) for j in range(1, len(unit), 2)}
-        partner = max(scores, key=scores.get)
-        best.append((scores[partner], i, partner))
-    best.sort(reverse=True)
-    return {(i, j) for _, i, j in best[:count]}
+from pm_seg.core import Merge
+from pm_seg.core.merging import Chain, spread_rows, sum_rows
+from pm_seg.core.similarity import merge_into
 
 
-@given(st.integers(3, 20), st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
-def test_match(tokens: int, seed: int) -> None:
+class Case(NamedTuple):
+    """Tokens, and who of them goes where."""
+
+    x: Tensor  # (B, P+T, C)
+    size: Tensor  # (B, P+T, 1)
+    target: Tensor  # (B, T)
+    merge: Merge
+    prefix: int
+    merged: int  # P+K
+
+
+def make_case(
+    batch: int, tokens: int, share: float, prefix: int, seed: int
+) -> Case:
+    """Random tokens that go to random ones which stay."""
     generator = torch.Generator().manual_seed(seed)
-    metric = torch.randn(2, tokens, 4, generator=generator).double()
-    for count in range(tokens // 2 + 1):
-        position = match(metric, count)
-        for row, image in zip(position, metric):
-            assert row.unique().tolist() == list(range(tokens - count))
-            expected = plain_matching(image, count)
-            assert all(row[i] == row[j] for i, j in expected)
+    count = int(share * (tokens - 1))
+    rows = []
+    for _ in range(batch):
+        order = torch.randperm(tokens, generator=generator)
+        row, stay = torch.arange(tokens), order[count:]
+        chosen = torch.randint(len(stay), (count,), generator=generator)
+        row[order[:count]] = stay[chosen]
+        rows.append(row)
+    shape = (batch, prefix + tokens)
+    target = torch.stack(rows)
+    return Case(
+        torch.randn(*shape, 3, generator=generator).double(),
+        torch.randint(1, 9, (*shape, 1), generator=generator).double(),
+        target,
+        merge_into(target, count, prefix),
+        prefix,
+        prefix + tokens - count,
+    )
 
 
-def test_windows_of_equal_tokens_merge_first() -> None:
-    grid = (5, 7)
-    x = torch.randn(2, *grid, 3)
-    x[0, 2:4, 4:6] = torch.randn(3)
-    x[1, 0:2, 0:2] = torch.randn(3)
-    position = match_windows(x.flatten(1, 2), grid, 1).view(2, *grid)
-    assert (position[0, 2:4, 4:6] == 0).all()
-    assert (position[1, 0:2, 0:2] == 0).all()
-    for row in position.flatten(1):
-        assert row.unique().tolist() == list(range(35 - 3))
-    most = match_windows(x.flatten(1, 2), grid, 6)
-    assert (most.flatten().bincount()[:6] == 8).all()
+cases = st.builds(
+    make_case,
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.floats(0, 1),
+    st.integers(0, 3),
+    st.integers(0, 10**6),
+)
 
 
-def test_pool_weights_by_size() -> None:
-    x = torch.tensor([[[1.0], [3.0], [10.0]]])
-    size = torch.tensor([[[1.0], [3.0], [1.0]]])
-    merged, sizes = pool(x, size, torch.tensor([[0, 0, 1]]), 2)
-    assert merged.flatten().tolist() == [2.5, 10.0]
-    assert sizes.flatten().tolist() == [4.0, 1.0]
+def membership(case: Case) -> Tensor:
+    """Which token is in which group, 0 or 1, (B, P+K, P+T)."""
+    groups = torch.arange(case.merged)[:, None]
+    return (case.merge.place[:, None] == groups).double()
 
 
-class Layer(nn.Module):
-    """Mean attention and no MLP; counts its tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-        self.biases: list = []
-
-    def attend(self, x, key_bias=None):
-        self.seen.append(x.shape[1])
-        self.biases.append(key_bias)
-        return x, x.unsqueeze(1)
-
-    def feed_forward(self, x):
-        return x
-
-    def forward(self, x):
-        return x
-
-
-@pytest.mark.parametrize('method', ['tome', 'algm'])
-@pytest.mark.parametrize('keep', [0.9, 0.7, 0.5])
-def test_map_stays_whole(method: str, keep: float) -> None:
-    module = MergingCompressor(8, (7, 9), 2, keep=keep, method=method)
-    layers = [Layer() for _ in range(8)]
-    x = torch.randn(3, 65, 5)
-    out, collected = module.run(layers, x, (7, 9), outputs=(0, 7))
-    assert out.shape == collected[0].shape == x.shape
-    torch.testing.assert_close(collected[7], out)
-    assert torch.equal(out[:, :2], x[:, :2])
-    after = module.tokens_after((7, 9))
-    assert [layer.seen[0] for layer in layers] == [
-        65, *(n + 2 for n in after[:-1])
-    ]  # fmt: skip
-    assert sum(after) / 8 / 63 == pytest.approx(keep, abs=0.03)
-    biased = [layer.biases[0] is not None for layer in layers]
-    assert biased == [method == 'tome' and n < 65 for n in
-                      (layer.seen[0] for layer in layers)]  # fmt: skip
-    for layer in layers:  # a token counts as often as it has patches
-        if layer.biases[0] is not None:
-            count = layer.biases[0].exp()
-            assert (count[..., :2] == 1).all() and (count >= 1).all()
-            patches = count[..., 2:].sum(-1)
-            torch.testing.assert_close(patches, torch.full((3, 1, 1), 63.0))
-    # Averages weighted by size keep the mean of the image.
-    torch.testing.assert_close(out[:, 2:].mean(1), x[:, 2:].mean(1))
-    with module.disabled():
-        assert module.run(layers, x, (7, 9))[0] is x
+@given(cases)
+def test_a_merge_is_a_partition_that_keeps_the_order(case: Case) -> None:
+    merge, (batch, tokens) = case.merge, case.x.shape[:2]
+    prefix = torch.arange(case.prefix)
+    rows = torch.arange(batch)[:, None]
+    kept = merge.kept.view(batch, -1) - rows * tokens
+    assert kept.shape[1] == case.merged
+    assert (kept.diff(dim=1) > 0).all(), 'order'
+    assert torch.equal(kept[:, : case.prefix], prefix.expand(batch, -1))
+    # Every group starts as the token that stays, ...
+    start = merge.place.gather(1, kept)
+    assert torch.equal(start, torch.arange(case.merged).expand(batch, -1))
+    # ... which is where its members wanted to go; prefix tokens are alone.
+    members = membership(case)
+    assert (members[:, : case.prefix].sum(2) == 1).all()
+    goal = kept.gather(1, merge.place)[:, case.prefix :] - case.prefix
+    assert torch.equal(goal, case.target)
+    # Each token is kept or moved, once, and moves to its place.
+    both = torch.cat([merge.kept, merge.moved]).sort().values
+    assert torch.equal(both, torch.arange(batch * tokens))
+    moved = merge.moved.view(batch, -1) - rows * tokens
+    into = merge.into.view(batch, -1) - rows * case.merged
+    assert torch.equal(merge.place.gather(1, moved), into)
 
 
-def test_equal_tokens_merge_without_loss() -> None:
-    x = torch.randn(1, 4, 6).repeat_interleave(4, 1)
-    x = x.view(1, 2, 2, 2, 2, 6).permute(0, 1, 3, 2, 4, 5).reshape(1, 16, 6)
-    module = MergingCompressor(1, (4, 4), 0, keep=0.6)
-    assert not torch.equal(x[:, 0], x[:, 2])
-    torch.testing.assert_close(module.run([Layer()], x, (4, 4))[0], x)
-    assert module.tokens_after((4, 4)) == [10]
+@given(cases)
+def test_groups_are_means_weighted_by_size(case: Case) -> None:
+    merged, size = case.merge.merge(case.x, case.size)
+    members = membership(case)
+    torch.testing.assert_close(size, members @ case.size)
+    expected = members @ (case.size * case.x) / (members @ case.size)
+    torch.testing.assert_close(merged, expected)
 
 
-def test_schedule_is_in_the_checkpoint() -> None:
-    module = MergingCompressor(6, (8, 8), 1, keep=0.5)
-    assert not module.has_structure
-    module.build()
-    other = MergingCompressor(6, (8, 8), 1, keep=0.9)
-    other.load_state_dict(module.state_dict())
-    assert other.tokens_after((8, 8)) == module.tokens_after((8, 8))
+@given(cases)
+def test_what_no_layer_changed_is_restored_exactly(case: Case) -> None:
+    merged, _ = case.merge.merge(case.x, case.size)
+    gain = torch.randn(len(case.x), case.merged, 1)
+    restored = case.merge.restore(case.x, merged, merged, gain)
+    assert torch.equal(restored, case.x)
 
 
-def test_bad_values() -> None:
-    with pytest.raises(ValueError, match="method='x' is unknown"):
-        MergingCompressor(4, (4, 4), 1, method='x')
-    with pytest.raises(ValueError, match='keep=0 is not in'):
-        MergingCompressor(4, (4, 4), 1, keep=0)
-    with pytest.raises(ValueError, match="'algm' needs two layers"):
-        MergingCompressor(1, (4, 4), 1, method='algm')
-    with pytest.raises(ValueError, match="'tome' cannot work on keep=0.05"):
-        MergingCompressor(2, (4, 4), 1, keep=0.05).build()
+@given(cases)
+def test_every_token_gets_what_its_group_gained(case: Case) -> None:
+    merged, _ = case.merge.merge(case.x, case.size)
+    gained, gain = torch.randn_like(merged), torch.randn_like(merged[..., :1])
+    restored = case.merge.restore(case.x, merged, merged + gained, gain)
+    expected = case.x + membership(case).mT @ (gain * gained)
+    torch.testing.assert_close(restored, expected)
+
+
+@given(cases)
+def test_spreading_is_the_transpose_of_adding_up(case: Case) -> None:
+    z = torch.randn(len(case.x), case.merged, 3).double()
+    place = case.merge.place
+    total = sum_rows(case.x, place, case.merged)
+    torch.testing.assert_close(total, membership(case) @ case.x)
+    spread = spread_rows(z, place)
+    assert torch.equal(spread, case.merge.spread(z))
+    torch.testing.assert_close((spread * case.x).sum(), (z * total).sum())
+
+
+@given(cases, st.randoms(use_true_random=False))
+def test_each_image_of_a_batch_is_on_its_own(case: Case, random) -> None:
+    """Bit for bit, in any order."""
+    order = list(range(len(case.x)))
+    random.shuffle(order)
+    count = case.x.shape[1] - case.merged
+    together = merge_into(case.target[order], count, case.prefix)
+    x, size = case.x[order], case.size[order]
+    merged, total = together.merge(x, size)
+    out = together.restore(x, merged, merged.sin(), total.sin())
+    for row, image in enumerate(order):
+        one = merge_into(case.target[[image]], count, case.prefix)
+        z, s = one.merge(case.x[[image]], case.size[[image]])
+        assert torch.equal(merged[[row]], z)
+        assert torch.equal(total[[row]], s)
+        restored = one.restore(case.x[[image]], z, z.sin(), s.sin())
+        assert torch.equal(out[[row]], restored)
+
+
+@given(cases)
+@settings(max_examples=10)
+def test_gradients_of_merge_and_restore(case: Case) -> None:
+    def run(x: Tensor, gain: Tensor) -> Tensor:
+        merged, size = case.merge.merge(x, case.size)
+        after = merged.sin() + size
+        return case.merge.restore(x, merged, after, gain)
+
+    x = case.x.clone().requires_grad_()
+    gain = torch.rand(len(x), case.merged, 1).double().requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, gain))
+
+
+@given(cases)
+@settings(max_examples=10)
+def test_compiled_sums_are_those_of_the_eager_form(case: Case) -> None:
+    """There a product with a 0-1 matrix takes the place of a sum."""
+    expected = case.merge.merge(case.x, case.size)
+    summed = sum_rows(case.x, case.merge.place, case.merged)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, 'is_compiling', lambda: True)
+        found = case.merge.merge(case.x, case.size)
+        again = sum_rows(case.x, case.merge.place, case.merged)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(again, summed)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_sizes_stay_exact_in_half_precision(dtype: torch.dtype) -> None:
+    """Of 300 tokens: half precision cannot count so far in steps of one."""
+    target = torch.zeros(1, 600, dtype=torch.int64)
+    target[0, 300:] = torch.arange(300, 600)
+    chain = Chain(torch.randn(1, 600, 4).to(dtype), num_prefix=0)
+    chain.merge(merge_into(target, 299), torch.tensor(1.0))
+    assert chain.size.dtype == torch.float32 and chain.size[0, 0] == 300
+    assert chain.x.dtype == dtype
+
+
+@pytest.mark.parametrize('kind', ['residual', 'replace'])
+def test_a_chain_undoes_its_merges_newest_first(kind: str) -> None:
+    """Two merges, and a layer that adds a number after each of them."""
+    x = torch.randn(1, 5, 2).double()
+    chain = Chain(x, num_prefix=1)
+    assert chain.log_size is None and chain.groups() is None
+    assert torch.equal(chain.restored(kind), x)
+    gain = torch.tensor(0.5)
+    chain.merge(merge_into(torch.tensor([[0, 0, 2, 3]]), 1, 1), gain)
+    chain.x = chain.x + 1
+    chain.merge(merge_into(torch.tensor([[0, 0, 2]]), 1, 1), gain)
+    chain.x = chain.x + 10
+    assert chain.tokens == 2 and chain.num_prefix == 1
+    assert chain.size.flatten().tolist() == [1, 3, 1]
+    torch.testing.assert_close(chain.log_size.exp()[0, 1].item(), 3.0)
+    groups = chain.groups()
+    assert groups.place.tolist() == [[0, 0, 0, 1]]
+    patches = x[:, 1:]
+    mean = torch.stack([patches[:, :3].mean(1), patches[:, 3]], 1)
+    torch.testing.assert_close(groups.mean(patches), mean)
+    assert torch.equal(groups.spread(mean)[0, :, 0], mean[0, [0, 0, 0, 1], 0])
+    out = chain.restored(kind)
+    torch.testing.assert_close(out[:, 0], x[:, 0] + 11, msg='prefix')
+    torch.testing.assert_close(out[:, 4], x[:, 4] + 11, msg='never merged')
+    if kind == 'replace':
+        expected = (patches[:, :3].mean(1) + 11)[:, None].expand(-1, 3, -1)
+    else:
+        # The first two were merged for both sums, the third for the second
+        # alone; what it got on its own before that is all its own.
+        first = x[:, 1:3] + 0.5 * (1 + 0.5 * 10)
+        third = x[:, 3:4] + 1 + 0.5 * 10
+        expected = torch.cat([first, third], 1)
+    torch.testing.assert_close(out[:, 1:4], expected)

@@ -4,105 +4,70 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import batch, build
 
-from pm_seg.core import GroupRecorder
-from pm_seg.core.observe import patch_groups
-from pm_seg.core.token_map import DenseTokenMap
-from pm_seg.engine import compress
+from pm_seg.core import (
+    Compressor,
+    EncoderShape,
+    GroupRecorder,
+    LayerCost,
+    StaticCompressor,
+)
 
-IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+GRID = (4, 4)
+SHAPE = EncoderShape(3, GRID, 1, 4, 4, LayerCost(1.0, 1.0, 1.0))
 
 
-def recorded(model, images=IMAGES) -> GroupRecorder:
-    recorder = GroupRecorder(model.backbone.compressor)
+def static(**options) -> StaticCompressor:
+    torch.manual_seed(0)
+    module = StaticCompressor(SHAPE, keep_rate=0.5, **options)
+    module.set_scores(torch.rand(3, 16) + 0.01)
+    return module
+
+
+def recorded(module: Compressor, grid=GRID) -> GroupRecorder:
+    recorder = GroupRecorder(module)
+    x = torch.randn(2, 1 + grid[0] * grid[1], 4)
     with recorder, torch.no_grad():
-        model.backbone(images)
-    assert model.backbone.compressor.observer is None
+        module.run([torch.sin] * 3, x, grid)
+    assert module.observer is None
     return recorder
 
 
-def compressed(**options):
-    model = build(head=False, **options).eval()
-    compress(model, [batch(0, 2)], 1)
-    return model
-
-
-@pytest.mark.parametrize('prune', [0.0, 0.25])
-def test_static_groups_are_those_of_the_structure(prune: float) -> None:
-    model = compressed(
-        builder='row_window', restore='replace', prune=prune, layers=[0, 2]
-    )
-    recorder = recorded(model)
-    assert recorder.grid == (4, 4)
+@pytest.mark.parametrize('prune_rate', [0.0, 0.25])
+def test_static_groups_are_those_of_the_structure(prune_rate: float) -> None:
+    module = static(prune_rate=prune_rate, layers=[0, 2])
+    recorder = recorded(module)
+    assert recorder.grid == GRID
     assert len(recorder.groups) == 3
-    for found, expected in zip(
-        recorder.groups, model.backbone.compressor.group
-    ):
+    for found, expected in zip(recorder.groups, module.group):
         assert torch.equal(found, expected[None])
-    assert bool((recorder.groups[0] < 0).any()) == (prune > 0)
+    assert bool((recorder.groups[0] < 0).any()) == (prune_rate > 0)
 
 
-def test_adaptive_groups_follow_each_image() -> None:
-    model = compressed(adapt=2)
-    recorder = recorded(model)
-    bound = []
-    compressor = model.backbone.compressor
-    for group, static, count in zip(
-        recorder.groups, compressor.group, compressor.num_groups
-    ):
-        assert group.min() >= 0 and group.max() < count
-        bound.append(len(group) == 2 and not torch.equal(group[0], static))
-    assert any(bound)
+def test_groups_of_full_matrices_start_as_those_of_the_structure() -> None:
+    module = static(matrices='dense', num_groups=[9, 8, 7], prune_rate=0.25)
+    for found, expected in zip(recorded(module).groups, module.group):
+        assert torch.equal(found, expected[None])
 
 
 def test_groups_of_another_grid() -> None:
-    recorder = recorded(compressed(adapt=0), torch.randn(1, 3, 80, 48))
+    recorder = recorded(static(), (5, 3))
     assert recorder.grid == (5, 3)
-    assert all(group.shape == (1, 15) for group in recorder.groups)
+    for group in recorder.groups:
+        assert group.shape == (1, 15) and len(group.unique()) == 8
 
 
-def test_layers_of_a_span_share_their_groups() -> None:
-    recorder = recorded(compressed(span=2, adapt=0))
-    first, second, third = recorder.groups
-    assert torch.equal(first, second) and not torch.equal(first, third)
-
-
-def test_matching_differs_between_images() -> None:
-    model = compressed(builder='matching')
-    compressor = model.backbone.compressor
-    recorder = recorded(model)
+def test_the_last_run_is_kept() -> None:
+    module = static()
+    x = torch.randn(1, 17, 4)
+    with GroupRecorder(module) as recorder:
+        for _ in range(2):
+            module.run([torch.sin] * 3, x, GRID)
     assert len(recorder.groups) == 3
-    counts = [group.shape[0] for group in recorder.groups]
-    assert 2 in counts and set(counts) <= {1, 2}
-    for group, count in zip(recorder.groups, compressor.num_groups):
-        for row in group:
-            assert sorted(row.unique().tolist()) == list(range(count))
-    differing = [g for g in recorder.groups if len(g) == 2]
-    assert any(not torch.equal(g[0], g[1]) for g in differing)
-
-
-@pytest.mark.parametrize('kind', ['tome', 'algm'])
-def test_merging_only_ever_joins_groups(kind: str) -> None:
-    model = compressed(type=kind)
-    compressor = model.backbone.compressor
-    recorder = recorded(model)
-    for group, count in zip(recorder.groups, compressor.tokens_after((4, 4))):
-        assert group.shape == (2, 16)
-        assert len(group[0].unique()) == count
-    for before, after in zip(recorder.groups, recorder.groups[1:]):
-        pairs = torch.stack([before[0], after[0]], 1).unique(dim=0)
-        assert len(pairs) == len(before[0].unique())
-
-
-def test_a_token_of_full_matrices_is_where_most_of_it_goes() -> None:
-    merge = torch.eye(3)[:, [0, 1, 1, 2]] + 0.01
-    live = torch.tensor([True, True, True, False])
-    token_map = DenseTokenMap(merge, merge.T, live)
-    assert patch_groups(token_map, 1).tolist() == [[0, 0, -1]]
 
 
 def test_nothing_is_recorded_where_compression_is_off() -> None:
-    model = compressed()
-    with model.backbone.compressor.disabled():
-        assert recorded(model).groups == []
+    module = static()
+    with module.disabled():
+        recorder = recorded(module)
+    assert recorder.groups == [] and recorder.grid is None

@@ -1,4 +1,4 @@
-"""Score thresholds, builders and initial weights."""
+"""Score thresholds, row windows and initial weights."""
 
 from __future__ import annotations
 
@@ -8,43 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pm_seg.core import (
-    build_groups,
     count_tokens,
     group_weights,
-    nearest_centre_groups,
     normalise_scores,
     row_window_groups,
 )
-from pm_seg.core.structure import check_scores
+from pm_seg.core.structure import (
+    check_groups,
+    check_layers,
+    check_rates,
+    check_scores,
+    find_keep_rate,
+    make_groups,
+    resize_groups,
+)
 
 grids = st.tuples(st.integers(1, 12), st.integers(1, 12))
-
-
-@given(grids, st.integers(0, 10**6), st.floats(0.05, 1))
-@settings(max_examples=80, deadline=None)
-def test_nearest_centre_is_nearest(grid, seed: int, share: float) -> None:
-    """The distance transform agrees with comparing all distances."""
-    torch.manual_seed(seed)
-    count = grid[0] * grid[1]
-    centres = torch.rand(count) < share
-    centres[torch.randint(count, (1,))] = True
-    group = nearest_centre_groups(centres, grid)
-    yx = torch.stack(
-        [torch.arange(count) // grid[1], torch.arange(count) % grid[1]], 1
-    ).double()
-    distance = torch.cdist(yx, yx[centres])
-    chosen = distance.gather(1, group[:, None])[:, 0]
-    torch.testing.assert_close(chosen, distance.min(1).values)
-    assert torch.equal(group[centres], torch.arange(int(centres.sum()))), (
-        'centres are numbered in raster order and own themselves'
-    )
-    index = torch.arange(count)
-    row, column = index // grid[1], index % grid[1]
-    squared = (row[:, None] - row[centres]) ** 2
-    squared += (column[:, None] - column[centres]) ** 2
-    # ties go to the column on the left, in a column to the centre above
-    ranked = (squared * grid[1] + column[centres]) * grid[0] + row[centres]
-    assert torch.equal(group, ranked.argmin(1))
 
 
 def release_windows(centres: list[int], count: int, width: int) -> list[int]:
@@ -85,74 +64,156 @@ def test_normalise_scores() -> None:
     )
 
 
-@pytest.mark.parametrize('keep', [0.3, 0.7, 1.0])
-def test_global_thresholds_keep_the_share_overall(keep: float) -> None:
+@pytest.mark.parametrize('scale', [1e-30, 1e-8, 1.0, 1e30])
+def test_normalised_scores_do_not_depend_on_their_scale(scale: float) -> None:
+    """In float32, whose squares of such scores are 0 or inf."""
+    scores = torch.rand(2, 50) + 0.01
+    torch.testing.assert_close(
+        normalise_scores(scores * scale), normalise_scores(scores)
+    )
+
+
+def test_normalised_scores_are_the_plain_quotient_bit_for_bit() -> None:
+    scores = torch.rand(5, 100) * 1e-8
+    expected = scores / scores.norm(dim=1, keepdim=True)
+    assert torch.equal(normalise_scores(scores), expected)
+
+
+@pytest.mark.parametrize('keep_rate', [0.3, 0.7, 1.0])
+def test_global_thresholds_keep_the_share_overall(keep_rate: float) -> None:
     scores = torch.rand(4, 100) * torch.tensor([[1.0], [1.2], [1.4], [1.6]])
-    centres, live = count_tokens(scores, keep, 0.0)
-    assert sum(centres) == int(100 * keep) * 4
+    centres, live = count_tokens(scores, keep_rate, 0.0, 'global')
+    assert sum(centres) == int(100 * keep_rate) * 4
     assert live == [100] * 4
-    if keep < 1:
+    if keep_rate < 1:
         assert centres == sorted(centres) and centres[0] < centres[-1]
+
+
+def test_global_thresholds_prune_the_share_overall() -> None:
+    scores = torch.rand(4, 100) * torch.tensor([[1.0], [1.2], [1.4], [1.6]])
+    _, live = count_tokens(scores, 0.5, 0.2, 'global')
+    assert sum(live) == 320 and live[0] < live[-1]
 
 
 def test_layer_thresholds_keep_the_same_share() -> None:
     scores = torch.rand(4, 100) * torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    centres, live = count_tokens(scores, 0.6, 0.1, 'layer')
+    centres, live = count_tokens(scores, 0.6, 0.1)
     assert centres == [60] * 4
     assert live == [90] * 4
 
 
+def test_a_layer_below_the_global_threshold_keeps_nothing() -> None:
+    scores = torch.stack([torch.rand(10), torch.rand(10) + 10])
+    assert count_tokens(scores, 0.5, 0.0, 'global')[0] == [0, 10]
+    with pytest.raises(ValueError, match="threshold='x' is unknown"):
+        count_tokens(scores, 0.5, 0.0, 'x')
+
+
 @pytest.mark.parametrize(
-    ('keep', 'prune', 'message'),
+    ('keep_rate', 'prune_rate', 'message'),
     [
-        (0.0, 0.0, 'keep=0.0 is not in'),
-        (-1, 0.0, 'keep=-1 is not in'),
-        (1.5, 0.0, 'keep=1.5 is not in'),
-        (0.5, 1.0, 'prune=1.0 is not in'),
-        (0.5, -0.1, 'prune=-0.1 is not in'),
+        (0.0, 0.0, 'keep_rate=0.0 is not in'),
+        (-1, 0.0, 'keep_rate=-1 is not in'),
+        (1.5, 0.0, 'keep_rate=1.5 is not in'),
+        (0.5, 1.0, 'prune_rate=1.0 is not in'),
+        (0.5, -0.1, 'prune_rate=-0.1 is not in'),
         (0.8, 0.3, 'is above 1'),
+        ('0.8', 0.0, "keep_rate='0.8' is a str"),
+        (0.5, None, 'prune_rate=None is a NoneType'),
     ],
 )
-def test_bad_rates(keep: float, prune: float, message: str) -> None:
+def test_bad_rates(keep_rate, prune_rate, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        count_tokens(torch.rand(2, 10), keep, prune)
-
-
-def test_a_layer_below_the_global_threshold() -> None:
-    scores = torch.stack([torch.rand(10), torch.rand(10) + 10])
-    assert count_tokens(scores, 0.5, 0.0)[0] == [0, 10]
+        check_rates(keep_rate, prune_rate)
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (lambda s: s[1].fill_(0), 'layer 1 are all zero'),
-        (lambda s: s[0, 3].fill_(float('nan')), 'layer 0 contain NaN'),
-        (lambda s: s[1, 0].fill_(float('inf')), 'layer 1 contain NaN'),
+        (lambda s: s[1].fill_(0), 'layer 7 are all zero'),
+        (lambda s: s[0, 3].fill_(float('nan')), 'layer 4 contain NaN'),
+        (lambda s: s[1, 0].fill_(float('inf')), 'layer 7 contain NaN'),
         (lambda s: s[1, 2].fill_(-1.0), 'must be >= 0'),
+        (lambda s: s.resize_(12), r'got \(12,\)'),
     ],
 )
 def test_bad_scores(change, message: str) -> None:
     scores = torch.rand(2, 6) + 0.1
     change(scores)
     with pytest.raises(ValueError, match=message):
-        check_scores(scores)
+        check_scores(scores, (4, 7))
 
 
-def test_build_groups() -> None:
-    centres = torch.zeros(12, dtype=torch.bool)
-    live = torch.ones(12, dtype=torch.bool)
-    with pytest.raises(ValueError, match='got 0 centres'):
-        build_groups(centres, live, (3, 4), 'row_window')
-    centres[5] = True
-    with pytest.raises(ValueError, match="builder='x' is unknown"):
-        build_groups(centres, live, (3, 4), 'x')
-    live[7] = False
-    group = build_groups(centres, live, (3, 4), 'nearest_centre')
-    assert group.tolist() == [0] * 7 + [-1] + [0] * 4
-    live[5] = False
-    with pytest.raises(ValueError, match='1 of them pruned'):
-        build_groups(centres, live, (3, 4), 'nearest_centre')
+def test_layers_to_compress() -> None:
+    assert check_layers(None, 3, 0.0) == (0, 1, 2)
+    assert check_layers([5, 1, 1], 6, 0.1) == (1, 5)
+    for wrong in ([], [3], [-1, 0]):
+        with pytest.raises(ValueError, match='one of the layers 0..2'):
+            check_layers(wrong, 3, 0.0)
+    for decay in (-0.1, 0.5, 1.0):
+        with pytest.raises(ValueError, match=f'decay={decay} leaves layer 2'):
+            check_layers(None, 3, decay)
+
+
+@given(grids, st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_groups_have_the_numbers_asked_for(grid, seed, keep, live) -> None:
+    """Also where scores are equal; the highest are centres, none pruned."""
+    torch.manual_seed(seed)
+    tokens = grid[0] * grid[1]
+    scores = torch.randint(5, (2, tokens)).float()
+    centres = max(round(keep * tokens), 1)
+    alive = max(round(live * tokens), centres)
+    group = make_groups(scores, [centres, 1], [alive, tokens], grid)
+    assert group[0].max() == centres - 1
+    assert int((group[0] >= 0).sum()) == alive
+    assert (group[1] == 0).all()
+    check_groups(group, (0, 1), (centres, 1))
+    if alive < tokens:
+        pruned = group[0] < 0
+        assert scores[0][pruned].max() <= scores[0][~pruned].min()
+
+
+def test_groups_of_another_grid_keep_the_share() -> None:
+    group = torch.tensor([[0, 0, 1, 1, -1, 2], [0, 0, 0, 0, 0, 0]])
+    out = resize_groups(group, torch.rand(2, 24), (4, 6))
+    assert (out.amax(1) + 1).tolist() == [12, 4]
+    assert (out < 0).sum(1).tolist() == [4, 0]
+    out = resize_groups(group, torch.rand(2, 1), (1, 1))
+    assert out.tolist() == [[0], [0]]
+
+
+def test_bad_groups() -> None:
+    group = torch.tensor([[0, 1, -1], [2, 2, 2], [-1, -1, -1]])
+    check_groups(group, [0], None)
+    with pytest.raises(ValueError, match=r'layer 1 .* without gaps.*\[2\]'):
+        check_groups(group, [0, 1], None)
+    with pytest.raises(ValueError, match='groups of layer 2'):
+        check_groups(group, [2], None)
+    with pytest.raises(ValueError, match='has 2 groups, num_groups says 3'):
+        check_groups(group, [0], [3])
+
+
+@given(st.integers(2, 60), st.floats(0.05, 1), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_the_keep_rate_is_the_highest_within_the_budget(
+    tokens: int, keep: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    scores = torch.rand(3, tokens).sort().values  # no ties
+    scores += torch.arange(tokens)
+
+    def share(counts: list[int]) -> float:
+        return sum(counts) / (3 * tokens)
+
+    if keep < 1 / tokens:
+        with pytest.raises(ValueError, match='out of reach'):
+            find_keep_rate(share, scores, keep)
+        return
+    rate = find_keep_rate(share, scores, keep)
+    (count, *_), _ = count_tokens(scores, rate)
+    assert count / tokens <= keep + 1e-9
+    assert count == tokens or (count + 1) / tokens > keep
 
 
 def test_mean_weights() -> None:
@@ -168,7 +229,7 @@ def test_mean_weights() -> None:
 def test_score_weights() -> None:
     group = torch.tensor([0, 0, 1, -1])
     scores = torch.tensor([1.0, 4.0, 2.0, 0.5])
-    merge, restore = group_weights(scores, group, 'score')
+    merge, restore = group_weights(scores, group)
     torch.testing.assert_close(merge, torch.tensor([0.25, 1.0, 1.0, 0.0]))
     power = 0.25**2 + 1
     torch.testing.assert_close(
@@ -176,3 +237,14 @@ def test_score_weights() -> None:
     )
     with pytest.raises(ValueError, match="weights='max' is unknown"):
         group_weights(scores, group, 'max')
+
+
+def test_tokens_of_a_group_without_scores_count_alike() -> None:
+    group = torch.tensor([0, 1, 1, 1, -1])
+    scores = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+    merge, restore = group_weights(scores, group)
+    torch.testing.assert_close(merge, torch.tensor([1.0, 1, 1, 1, 0]))
+    third = 1 / 3
+    torch.testing.assert_close(
+        restore, torch.tensor([1.0, third, third, third, 0.0])
+    )

@@ -1,4 +1,4 @@
-"""Properties of merge and restore."""
+"""Merge and restore of token maps, in their sparse and dense form."""
 
 from __future__ import annotations
 
@@ -6,204 +6,173 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pm_seg.core import TokenCompressor, TokenMap
+from pm_seg.core import DenseTokenMap, TokenMap, group_weights
+from pm_seg.core.token_map import make_structure
 
-
-def make_map(
-    grid=(4, 5),
-    prefix=1,
-    keep=0.5,
-    prune=0.2,
-    builder='nearest_centre',
-    restore='residual',
-    weights=None,
-    seed=0,
-    dtype=torch.float64,
-) -> TokenMap:
-    torch.manual_seed(seed)
-    compressor = TokenCompressor(
-        1,
-        grid,
-        prefix,
-        keep=keep,
-        budget='layer',
-        prune=prune,
-        builder=builder,
-        restore=restore,
-        weights=weights,
-    )
-    compressor.set_scores(torch.rand(1, grid[0] * grid[1]) + 0.01)
-    return compressor.to(dtype).token_maps(grid)[0]
+CPU = torch.device('cpu')
+#: Of 5 patches: two groups, one pruned.
+GROUP = torch.tensor([1, 0, 1, -1, 0])
 
 
-maps = st.builds(
-    make_map,
-    grid=st.tuples(st.integers(2, 8), st.integers(2, 8)),
-    prefix=st.integers(0, 3),
-    keep=st.sampled_from([0.3, 0.5, 0.7, 0.9]),
-    prune=st.just(0.0),
-    builder=st.sampled_from(['nearest_centre', 'row_window']),
-    restore=st.sampled_from(['replace', 'residual']),
-    weights=st.sampled_from([None, 'mean', 'score']),
-    seed=st.integers(0, 1000),
-)
-pruned_maps = st.builds(
-    make_map,
-    grid=st.tuples(st.integers(2, 8), st.integers(2, 8)),
-    prefix=st.integers(0, 3),
-    keep=st.sampled_from([0.3, 0.5]),
-    prune=st.sampled_from([0.1, 0.3]),
-    builder=st.sampled_from(['nearest_centre', 'row_window']),
-    restore=st.sampled_from(['replace', 'residual']),
-    seed=st.integers(0, 1000),
-)
-some_maps = st.one_of(maps, pruned_maps)
+def make_map(residual: bool = False, prefix: int = 2, kind='score'):
+    """P = 2, N = 5, K = 2, float64."""
+    scores = torch.tensor([[2.0, 3.0, 4.0, 0.5, 1.5]], dtype=torch.float64)
+    structure = make_structure(GROUP[None], scores, [0], kind, prefix, CPU)
+    merge, restore = (w.double() for w in (structure.merge, structure.restore))
+    return structure.token_map(0, merge, restore, residual)
 
 
-def tokens_of(token_map: TokenMap, channels: int = 3) -> torch.Tensor:
-    return torch.randn(
-        2, token_map.slot.numel(), channels, dtype=torch.float64
-    )
+def tokens(count: int = 7, batch: int = 2, dims: int = 3) -> torch.Tensor:
+    return torch.randn(batch, count, dims, dtype=torch.float64)
 
 
-@given(some_maps)
-@settings(max_examples=60, deadline=None)
-def test_partition(token_map: TokenMap) -> None:
-    """Every token is in exactly one group or pruned, no group is empty."""
-    live = token_map.live
-    if live is None:
-        live = torch.ones_like(token_map.slot, dtype=torch.bool)
-    used = token_map.slot[live].unique()
-    assert torch.equal(used, torch.arange(token_map.num_slots))
-    assert (token_map.merge_weight[~live] == 0).all()
-    assert (token_map.restore_weight[~live] == 0).all()
-    assert (token_map.merge_weight[live] > 0).all()
+def test_merge_is_a_weighted_sum() -> None:
+    x = tokens()
+    z = make_map().merge(x)
+    assert torch.equal(z[:, :2], x[:, :2]), 'prefix tokens'
+    torch.testing.assert_close(z[:, 2], x[:, 3] + 0.5 * x[:, 6])
+    torch.testing.assert_close(z[:, 3], 0.5 * x[:, 2] + x[:, 4])
 
 
-@given(some_maps)
-@settings(max_examples=60, deadline=None)
-def test_sparse_equals_dense(token_map: TokenMap) -> None:
-    x = tokens_of(token_map)
+def test_replace_gives_each_token_its_group() -> None:
+    token_map, x = make_map(), tokens()
+    z = token_map.merge(x)
+    y = torch.randn_like(z)
+    out = token_map.restore(x, z, y)
+    assert torch.equal(out[:, :2], y[:, :2]), 'prefix tokens'
+    assert torch.equal(out[:, 5], x[:, 5]), 'the shortcut of a pruned token'
+    power = 1 + 0.5**2
+    torch.testing.assert_close(out[:, 3], y[:, 2] / power)
+    torch.testing.assert_close(out[:, 6], 0.5 / power * y[:, 2])
+
+
+def test_residual_adds_what_the_group_gained() -> None:
+    token_map, x = make_map(residual=True, kind='mean'), tokens()
+    z = token_map.merge(x)
+    torch.testing.assert_close(token_map.restore(x, z, z), x)
+    y = torch.randn_like(z)
+    out = token_map.restore(x, z, y)
+    torch.testing.assert_close(out[:, :2], y[:, :2])
+    assert torch.equal(out[:, 5], x[:, 5])
+    torch.testing.assert_close(out[:, 4], x[:, 4] + y[:, 3] - z[:, 3])
+
+
+@pytest.mark.parametrize('residual', [False, True])
+def test_dense_form_does_the_same(residual: bool) -> None:
+    token_map, x = make_map(residual), tokens()
     dense = token_map.to_dense()
     z = token_map.merge(x)
-    given = token_map.segments.given
-    torch.testing.assert_close(z, dense.merge(x)[:, given])
     y = torch.randn_like(z)
-    unsorted = given.argsort()
+    torch.testing.assert_close(dense.merge(x), z)
     torch.testing.assert_close(
-        token_map.restore(x, z, y),
-        dense.restore(x, z[:, unsorted], y[:, unsorted]),
+        dense.restore(x, z, y), token_map.restore(x, z, y)
     )
+    assert dense.num_merged == token_map.num_merged == 4
 
 
-@given(some_maps)
-@settings(max_examples=60, deadline=None)
-def test_restore_is_the_pseudo_inverse(token_map: TokenMap) -> None:
-    """R = pinv(M), hence R M is a projection that never adds energy."""
-    dense = token_map.to_dense()
-    torch.testing.assert_close(
-        dense.restore_matrix, torch.linalg.pinv(dense.merge_matrix)
-    )
-    x = tokens_of(token_map)
-    once = dense.restore_matrix @ (dense.merge_matrix @ x)
-    twice = dense.restore_matrix @ (dense.merge_matrix @ once)
-    torch.testing.assert_close(once, twice)
-    assert once.norm() <= x.norm() * (1 + 1e-6)
+def test_groups_of_patches() -> None:
+    for form in (make_map(), make_map().to_dense()):
+        assert torch.equal(form.groups(2), GROUP)
+    merge = torch.eye(3)[:, [0, 1, 1, 2]] + 0.01
+    live = torch.tensor([True, True, True, False])
+    dense = DenseTokenMap(merge, merge.T, live)
+    assert dense.groups(1).tolist() == [0, 0, -1]
 
 
-@given(some_maps)
-@settings(max_examples=60, deadline=None)
-def test_round_trip(token_map: TokenMap) -> None:
-    """A block that does nothing changes nothing a restore can represent."""
-    x = tokens_of(token_map)
-    z = token_map.merge(x)
-    restored = token_map.restore(x, z, z)
-    if token_map.mode == 'residual':
-        torch.testing.assert_close(restored, x)
-        return
-    again = token_map.restore(restored, token_map.merge(restored), z)
-    torch.testing.assert_close(token_map.merge(restored), z)
-    torch.testing.assert_close(again, restored)
+class Through(torch.nn.Module):
+    """Merge, sine, restore."""
+
+    def __init__(self, token_map: TokenMap) -> None:
+        super().__init__()
+        self.token_map = token_map
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.token_map.merge(x)
+        return self.token_map.restore(x, z, z.sin())
 
 
-@given(some_maps)
-@settings(max_examples=40, deadline=None)
-def test_pruned_and_single_tokens(token_map: TokenMap) -> None:
-    """Pruned tokens keep their value, tokens alone get the block's output."""
-    x = tokens_of(token_map)
-    z = token_map.merge(x)
-    y = torch.randn_like(z)
-    restored = token_map.restore(x, z, y)
-    live = token_map.live
-    if live is None:
-        live = torch.ones_like(token_map.slot, dtype=torch.bool)
-    assert torch.equal(restored[:, ~live], x[:, ~live])
-    size = token_map.slot[live].bincount(minlength=token_map.num_slots)
-    alone = live & (size[token_map.slot] == 1)
-    for token in (alone & (token_map.merge_weight == 1)).nonzero()[:, 0]:
-        slot = token_map.slot[token]
-        assert torch.equal(z[:, slot], x[:, token])
-        torch.testing.assert_close(restored[:, token], y[:, slot])
+@pytest.mark.parametrize('residual', [False, True])
+def test_compiled_and_exported_as_a_product(residual: bool) -> None:
+    """No export format lacks a product; the values are the same."""
+    model, x = Through(make_map(residual)), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend='eager')
+    torch.testing.assert_close(compiled(x), model(x))
+    program = torch.export.export(model, (x,), strict=False)
+    torch.testing.assert_close(program.module()(x), model(x))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert any('matmul' in name for name in names)
+    assert not any('scatter' in n or 'index_add' in n for n in names)
 
 
-@pytest.mark.parametrize('prefix', [1, 2, 5])
-@pytest.mark.parametrize('restore', ['replace', 'residual'])
-def test_prefix_tokens_untouched(prefix: int, restore: str) -> None:
-    token_map = make_map(prefix=prefix, restore=restore)
-    x = tokens_of(token_map)
-    z = token_map.merge(x)
-    assert torch.equal(z[:, :prefix], x[:, :prefix])
-    y = torch.randn_like(z)
-    restored = token_map.restore(x, z, y)[:, :prefix]
-    torch.testing.assert_close(restored, y[:, :prefix])
-
-
-@pytest.mark.parametrize('restore', ['replace', 'residual'])
-def test_all_tokens_are_the_dense_block(restore: str) -> None:
-    """keep=1 has no token map: bit for bit the uncompressed block."""
-    assert make_map(keep=1.0, prune=0.0, restore=restore) is None
-
-
-def test_detail_path() -> None:
-    """Singles and pruned tokens get none, members what sets them apart."""
-    plain = make_map(prune=0.2, keep=0.4, prefix=2)
-    down, up = torch.randn(3, 2).double(), torch.randn(2, 3).double()
-    detailed = replace(plain, detail=(down, up))
-    x = tokens_of(plain)
-    z = plain.merge(x)
-    y = torch.randn_like(z)
-    extra = detailed.restore(x, z, y) - plain.restore(x, z, y)
-    expected = (x - z[:, plain.slot]) @ down @ up
-    torch.testing.assert_close(extra[:, plain.live], expected[:, plain.live])
-    assert (extra[:, ~plain.live] == 0).all() and (~plain.live).any()
-    assert extra[:, :2].abs().max() < 1e-12
-    assert extra.abs().max() > 0.1
-
-
-@pytest.mark.parametrize('restore', ['replace', 'residual'])
-@pytest.mark.parametrize('builder', ['nearest_centre', 'row_window'])
-def test_gradcheck(restore: str, builder: str) -> None:
-    base = make_map(grid=(3, 4), restore=restore, builder=builder)
-    merge = base.merge_weight.detach().requires_grad_()
-    weight = base.restore_weight.detach().requires_grad_()
-    x = tokens_of(base, 2).requires_grad_()
-
-    def run(x, merge, weight):
-        token_map = replace(base, merge_weight=merge, restore_weight=weight)
-        z = token_map.merge(x)
-        return token_map.restore(x, z, z.sin())
-
-    assert torch.autograd.gradcheck(run, (x, merge, weight))
-
-
-def test_wrong_number_of_tokens() -> None:
+def test_autocast_does_not_round_merged_tokens() -> None:
     token_map = make_map()
-    with pytest.raises(ValueError, match=r'merge expects \(B, 21, C\)'):
-        token_map.merge(torch.randn(2, 20, 3))
-    x = torch.randn(2, 21, 3, dtype=torch.float64)
+    x = tokens().float()
+    merge = torch.compile(token_map.merge, fullgraph=True, backend='eager')
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(merge(x), token_map.merge(x))
+        assert merge(x).dtype == torch.float32
+
+
+def test_half_precision_stays_half() -> None:
+    x = tokens().bfloat16()
+    for form in (make_map(), make_map(True), make_map().to_dense()):
+        z = form.merge(x)
+        assert z.dtype == form.restore(x, z, z).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('residual', [False, True])
+@pytest.mark.parametrize('dense', [False, True])
+def test_gradients(residual: bool, dense: bool) -> None:
+    base = make_map(residual)
+    if dense:
+        base = base.to_dense()
+        names = ('merge_matrix', 'restore_matrix')
+    else:
+        names = ('merge_weight', 'restore_weight')
+    weights = [getattr(base, name).clone().requires_grad_() for name in names]
+
+    def run(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        return Through(replace(base, **dict(zip(names, weights))))(x)
+
+    inputs = (tokens(dims=2).requires_grad_(), *weights)
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_resized_matrices_keep_constants() -> None:
+    """An area average where it merges, an interpolation where it restores."""
+    dense = make_map(kind='mean', prefix=1).to_dense()
+    dense = replace(dense, live=torch.ones_like(dense.live))
+    wide = dense.resized(1, (1, 5), (2, 10))
+    assert wide.merge_matrix.shape == (3, 21)
+    assert wide.restore_matrix.shape == (21, 3) and wide.live.all()
+    torch.testing.assert_close(
+        wide.merge_matrix.sum(1), torch.ones(3).double()
+    )
+    same = dense.resized(1, (1, 5), (1, 5))
+    torch.testing.assert_close(same.merge_matrix, dense.merge_matrix)
+    torch.testing.assert_close(same.restore_matrix, dense.restore_matrix)
+
+
+def test_other_layers_have_weights_of_one() -> None:
+    group = torch.stack([torch.arange(5), GROUP])
+    scores = torch.rand(1, 5)
+    structure = make_structure(group, scores, [1], 'score', 1, CPU)
+    assert (structure.merge[0] == 1).all()
+    expected = group_weights(scores[0], GROUP)
+    torch.testing.assert_close(structure.merge[1], expected[0])
+    torch.testing.assert_close(structure.restore[1], expected[1])
+    assert structure.counts == (5, 2) and structure.pruned == (0, 1)
+
+
+@pytest.mark.parametrize('dense', [False, True])
+def test_wrong_number_of_tokens(dense: bool) -> None:
+    token_map = make_map().to_dense() if dense else make_map()
+    with pytest.raises(ValueError, match=r'merge expects \(B, 7, C\)'):
+        token_map.merge(tokens(6))
+    x = tokens()
     z = token_map.merge(x)
-    with pytest.raises(ValueError, match='restore expects'):
+    with pytest.raises(ValueError, match=r'restore expects \(B, 4, C\)'):
         token_map.restore(x, z, z[:, 1:])
+    with pytest.raises(ValueError, match=r'restore expects \(B, 7, C\)'):
+        token_map.restore(x[:, 1:], z, z)

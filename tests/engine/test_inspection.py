@@ -12,7 +12,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from tiny import batch, build
 
-from pm_seg.engine import compress
+from pm_seg.engine import Measuring, compress
 from pm_seg.engine.inspection import (
     class_names,
     dataset_meta,
@@ -28,8 +28,11 @@ from pm_seg.visualization import JUDGED, to_array
 
 def compressed(**options):
     model = build(**options).eval()
+    for parameter in model.parameters():  # as large as trained ones
+        if parameter.dim() > 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     model.test_cfg = ConfigDict(mode='whole')
-    compress(model, [batch(0, 2)], 1)
+    compress(model, [batch(0, 2)], measuring=Measuring(1, 0))
     return model
 
 
@@ -47,21 +50,15 @@ def sample(height: int = 64, width: int = 64, **meta) -> dict:
 
 
 @pytest.mark.parametrize(
-    'options',
-    [
-        {},
-        dict(adapt=0),
-        dict(builder='matching'),
-        dict(type='tome', head=False),
-    ],
-    ids=['adaptive', 'static', 'matching', 'tome'],
+    'options', [{}, dict(type='paper'), dict(type='tome', keep=0.7)]
 )
 def test_both_predictions_and_all_groups(options: dict) -> None:
     model, data = compressed(**options), sample()
     one = inspect(model, data)
-    assert set(one.groups) == {'backbone', 'decode_head'} - (
-        {'decode_head'} if 'type' in options else set()
-    )
+    assert set(one.groups) == {'backbone'}
+    assert [g.max() + 1 for g in one.groups['backbone']] == [
+        load.kept for load in model.backbone.compressor.loads()
+    ]
     assert [g.shape for g in one.groups['backbone']] == [(4, 4)] * 3
     assert one.image.shape == (64, 64, 3) and one.patch == 16
     # RGB of what the pipeline left in the order of OpenCV.
@@ -150,17 +147,15 @@ def test_names_of_a_dataset() -> None:
         pipeline_of(cfg)
 
 
-def test_a_dense_checkpoint_has_no_structure() -> None:
+def test_what_needs_scores_has_no_structure_before() -> None:
     with pytest.raises(ValueError, match='compress.py'):
-        require_structure(build())
+        require_structure(build(type='paper'))
     with pytest.raises(ValueError, match='nothing to compress'):
         require_structure(build(compression=False))
-    merging = build(type='tome', head=False)
-    require_structure(merging)
-    assert merging.backbone.compressor.has_structure
+    require_structure(build())
 
 
 def test_structure_figures() -> None:
-    assert set(structure_figures(compressed())) == {'tokens', 'scores'}
-    matching = compressed(builder='matching')
-    assert set(structure_figures(matching)) == {'tokens'}
+    paper = compressed(type='paper')
+    assert set(structure_figures(paper)) == {'tokens', 'scores'}
+    assert set(structure_figures(compressed())) == {'tokens'}

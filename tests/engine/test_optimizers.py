@@ -21,7 +21,7 @@ class Model(nn.Module):
             num_layers=3,
             num_heads=3,
             final_norm=True,
-            compression=dict(keep=0.5),
+            compression=dict(type='paper'),
         )
         self.decode_head = nn.Linear(12, 2)
 
@@ -65,8 +65,8 @@ def test_rates_and_weight_decay() -> None:
     total = sum(len(g['params']) for g in wrapper.optimizer.param_groups)
     assert total == len(list(Model().parameters()))
     tensors = [p for g in wrapper.optimizer.param_groups for p in g['params']]
-    grid = [seen[id(p)] for p in tensors if p.shape == (3, 4)]
-    assert grid == [(3.0, 0.0)] * 2, 'merge and restore weights'
+    weights = [seen[id(p)] for p in tensors if p.shape == (3, 4)]
+    assert weights == [(3.0, 0.0)] * 2, 'merge and restore weights'
     matrices = [seen[id(p)] for p in tensors if p.shape == (36, 12)]
     assert sorted(matrices) == [(1 / 8, 0.1), (1 / 4, 0.1), (1 / 2, 0.1)]
     assert all(seen[id(p)][1] == 0 for p in tensors if p.dim() == 1)

@@ -85,7 +85,7 @@ def write_config(scenes: Path, folder: Path, workers: int) -> None:
 
 
 def train(folder: Path, *arguments: str, check: bool = True, **env: str):
-    env = dict(PYTHONPATH=str(folder), KILL_FLAG=str(folder / 'killed'), **env)
+    env = dict(PYTHONPATH=str(folder), **env)
     return run_tool(
         ROOT / 'tools/train.py', 'config.py', *arguments, cwd=folder, env=env,
         check=check,
@@ -121,42 +121,42 @@ def uninterrupted(scenes: Path, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ('when', 'env', 'starts_at'),
-    [
-        ('scoring', dict(KILL_AT='3'), 1),
-        ('fine-tuning', dict(KILL_AT=str(2 * 2 + 2 * 2 + 2 * 4 + 1)), 5),
-        ('saving', dict(KILL_IN='iter_4.pth'), 3),
-    ],
-)
-def test_killed_and_resumed(
-    when: str, env, starts_at: int, scenes: Path, uninterrupted: Path
-) -> None:
-    folder = uninterrupted.parent / when
+def test_killed_and_resumed(scenes: Path, uninterrupted: Path) -> None:
+    """While calibrating, fine-tuning and saving, one after the other."""
+    folder = uninterrupted.parent / 'killed'
     folder.mkdir()
     write_config(scenes, folder, workers=0)
-    killed = train(folder, check=False, **env)
-    assert killed.returncode == -9
-    assert (folder / 'killed').exists()
-    before = len(list((folder / 'work').glob('*/vis_data')))
-    assert not (folder / 'work' / f'iter_{ITERS}.pth').exists()
-    unfinished = list((folder / 'work').glob('iter_4.pth.*.partial'))
-    assert len(unfinished) == (when == 'saving')
-    out = train(folder, '--resume')
-    assert not list((folder / 'work').glob('*.partial'))
-    if when == 'scoring':
-        assert 'Nothing to resume' in out.stdout
-    runs = sorted((folder / 'work').glob('*/vis_data/scalars.json'))
-    assert len(runs) >= before
-    steps = [
-        json.loads(line)['step'] for line in runs[-1].read_text().splitlines()
-    ]
-    assert min(steps) == starts_at
+    work = folder / 'work'
+    batches = 2 * 2 + 4 * 2  # images of calibration and four iterations
+    for number, (env, starts_at) in enumerate(
+        [
+            (dict(KILL_AT='3'), None),
+            (dict(KILL_AT=str(batches + 1)), 1),
+            (dict(KILL_IN=f'iter_{ITERS}.pth'), 5),
+            ({}, 5),
+        ]
+    ):
+        flag = folder / f'killed-{number}'
+        resume = ['--resume'] if number else []
+        out = train(
+            folder, *resume, check=not env, KILL_FLAG=str(flag),
+            PYTHONUNBUFFERED='1', **env,
+        )  # fmt: skip
+        assert ('Nothing to resume' in out.stdout) == (number == 1)
+        if env:
+            assert out.returncode == -9 and flag.exists()
+            assert not (work / f'iter_{ITERS}.pth').exists()
+        unfinished = list(work.glob('*.partial'))
+        assert len(unfinished) == ('KILL_IN' in env)
+        runs = sorted(work.glob('*/vis_data/scalars.json'))
+        if starts_at is not None:
+            lines = runs[-1].read_text().splitlines()
+            assert min(json.loads(line)['step'] for line in lines) == starts_at
     expected, actual = final(uninterrupted), final(folder)
-    for name in ('backbone', 'decode_head'):
-        for key in ('scores', 'group'):
-            key = f'{name}.compressor.{key}'
-            assert torch.equal(actual[key], expected[key]), key
+    for name in ('shares', 'importance', 'strength', 'settled'):
+        key = f'backbone.compressor.{name}'
+        assert torch.equal(actual[key], expected[key]), key
+    assert expected['backbone.compressor.settled']
     whole, resumed = curve(uninterrupted), curve(folder)
     assert sorted(resumed) == sorted(whole)
     for step, loss in whole.items():

@@ -34,6 +34,8 @@ def accumulation(cfg) -> None:
 
 def compiled(cfg) -> None:
     cfg.compile = dict(backend='eager')
+    cfg.optim_wrapper.optimizer = dict(type='SGD', lr=1e-3, weight_decay=0.0)
+    cfg.model.decode_head.num_layers = 1
 
 
 def layer_decay(cfg) -> None:
@@ -51,17 +53,24 @@ def by_epoch(cfg) -> None:
     cfg.log_processor = dict(by_epoch=True)
 
 
-def dense_matrices(cfg) -> None:
-    cfg.model.backbone.compression.update(matrices='dense', num_groups=[8])
+def paper(cfg) -> None:
+    cfg.model.backbone.compression = dict(type='paper', prune_rate=0.1)
+    cfg.custom_hooks[0].score_batches = 1
 
 
-def frozen_token_maps(cfg) -> None:
-    cfg.model.backbone.compression.trainable = False
-    cfg.model.decode_head.compression.trainable = False
+def paper_dense_matrices(cfg) -> None:
+    paper(cfg)
+    cfg.model.backbone.compression.update(
+        matrices='dense', num_groups=[8, 8], trainable=False
+    )
+
+
+def tome(cfg) -> None:
+    cfg.model.backbone.compression = dict(type='tome', keep=0.8)
 
 
 def target(cfg) -> None:
-    cfg.custom_hooks[0].target = dict(share=0.9)
+    cfg.custom_hooks[0].target = dict(share=0.8)
 
 
 def distilled(cfg) -> None:
@@ -89,8 +98,9 @@ def evaluated(cfg) -> None:
         pytest.param(compiled, marks=COMPILES_TRAINING),
         layer_decay,
         by_epoch,
-        dense_matrices,
-        frozen_token_maps,
+        paper,
+        paper_dense_matrices,
+        tome,
         target,
         distilled,
         distilled_ema,
@@ -106,16 +116,18 @@ def test_trains_and_loads(option, scenes: Path, tmp_path: Path) -> None:
     model.eval()
     modules = compressible_modules(model)
     assert modules
-    assert all(m.compressor.has_structure for m in modules.values())
+    assert all(m.compressor.compressed for m in modules.values())
     (path,) = [*tmp_path.glob('iter_2.pth'), *tmp_path.glob('epoch_1.pth')]
     saved = read_checkpoint(path)
     assert not any('teacher' in key for key in saved['state_dict'])
     key = 'ema_state_dict'
     if 'ema' in option.__name__:
         assert key in saved
-        # with EMA the averaged weights are saved as the model's
-        values = saved[key]['module.backbone.compressor.group']
-        assert torch.equal(values, model.backbone.compressor.group)
+        # With EMA the averaged weights are saved as the model's.
+        compressor = model.backbone.compressor
+        for name in ('shares', 'importance', 'settled'):
+            value = saved[key][f'module.backbone.compressor.{name}']
+            assert torch.equal(value, compressor.get_buffer(name)), name
     other = runner.build_model(cfg.model)
     other.load_state_dict(saved['state_dict'])
     other.eval()

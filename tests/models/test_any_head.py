@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
+from toy import KINDS
+from vits import build
 
 from pm_seg.models import PMVisionTransformer
 
@@ -27,46 +29,14 @@ HEADS = {
         num_layers=1,
         num_heads=3,
         embed_dims=24,
-        compression=dict(grid=(4, 4), keep=0.5),
     ),
 }
-KINDS = (
-    dict(keep=0.5),
-    dict(keep=0.4, prune=0.2, builder='row_window', restore='replace'),
-    dict(keep=0.5, span=2),
-    dict(keep=0.5, builder='matching'),
-    dict(type='tome', keep=0.6),
-    dict(type='algm', keep=0.6),
-)
-
-
-def set_scores(module) -> None:
-    compressor = getattr(module, 'compressor', None)
-    if compressor is None:
-        return
-    if compressor.uses_scores:
-        compressor.set_scores(torch.rand_like(compressor.scores) + 0.01)
-    else:
-        compressor.build()
 
 
 @pytest.fixture(scope='module')
 def backbones() -> list[PMVisionTransformer]:
-    torch.manual_seed(0)
-    models = []
-    for kind in KINDS:
-        models.append(
-            PMVisionTransformer(
-                img_size=64,
-                embed_dims=24,
-                num_layers=3,
-                num_heads=3,
-                out_indices=(0, 1, 2),
-                compression=dict(kind),
-            ).eval()
-        )
-        set_scores(models[-1])
-    return models
+    options = dict(img_size=64, out_indices=(0, 1, 2))
+    return [build(kind, **options) for kind in KINDS.values()]
 
 
 @pytest.fixture(scope='module')
@@ -78,13 +48,18 @@ def heads() -> dict:
         built[name] = MODELS.build(
             dict(type=name, channels=24, num_classes=5, **options)
         ).eval()
-        set_scores(built[name])
     return built
+
+
+NECKS = {
+    'MultiLevelNeck': dict(scales=[2, 1, 0.5]),
+    'MLANeck': dict(norm_layer=dict(type='LN')),
+}
 
 
 @given(
     st.tuples(st.integers(17, 150), st.integers(17, 150)),
-    st.integers(0, len(KINDS) - 1),
+    st.sampled_from(range(len(KINDS))),
     st.integers(1, 2),
 )
 @settings(max_examples=20)
@@ -102,3 +77,26 @@ def test_every_head_on_every_size(backbones, heads, size, kind, batch) -> None:
         backbones[kind].patch_embed.projection.weight,
     )[0]
     assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize('size', [(64, 64), (97, 150)])
+@torch.no_grad()
+def test_necks_take_the_maps_and_leave_the_groups(
+    backbones, heads, size
+) -> None:
+    """What is behind one works on all tokens."""
+    levels = backbones[0](torch.randn(2, 3, *size))
+    assert levels.groups is not None
+    plain = tuple(levels)
+    for name, options in NECKS.items():
+        cfg = dict(type=name, in_channels=[24] * 3, out_channels=24)
+        neck = MODELS.build({**cfg, **options}).eval()
+        outs = neck(levels)
+        assert not hasattr(outs, 'groups')
+        for a, b in zip(outs, neck(plain)):
+            assert torch.equal(a, b), name
+    head = heads['PMSegmenterMaskTransformerHead']
+    stock = heads['SegmenterMaskTransformerHead']
+    stock.load_state_dict(head.state_dict())
+    torch.testing.assert_close(head(plain), stock(levels), rtol=0, atol=1e-4)
+    assert not torch.allclose(head(levels), stock(levels), atol=1e-3)

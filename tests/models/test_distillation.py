@@ -12,7 +12,7 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from pm_seg.engine import gather_scores
+from pm_seg.engine.calibration import fit_importance
 from pm_seg.models.distillation import soft_target_loss, strip_compression
 from pm_seg.utils.checkpoints import read_checkpoint
 
@@ -34,7 +34,7 @@ def segmentor(
                 embed_dims=24,
                 num_layers=2,
                 num_heads=3,
-                compression=dict(keep=0.5) if compressed else None,
+                compression=dict(keep=0.6, first=0) if compressed else None,
             ),
             decode_head=dict(
                 type='PMSegmenterMaskTransformerHead',
@@ -68,11 +68,6 @@ def batch(model, count: int = 2) -> dict:
     return model.data_preprocessor(data, training=True)
 
 
-def compress(model) -> None:
-    compressor = model.backbone.compressor
-    compressor.set_scores(torch.rand_like(compressor.scores) + 0.1)
-
-
 @pytest.fixture
 def dense_checkpoint(tmp_path) -> str:
     path = tmp_path / 'dense.pth'
@@ -104,7 +99,6 @@ def test_gradient_does_not_shrink_with_the_temperature() -> None:
 @pytest.mark.parametrize('alpha', [1.0, 0.3])
 def test_loss(dense_checkpoint: str, alpha: float) -> None:
     model = segmentor(teacher=dict(alpha=alpha, tau=2.0))
-    compress(model)
     model.load_teacher(dense_checkpoint)
     data = batch(model)
     losses = model(**data, mode='loss')
@@ -156,7 +150,6 @@ def test_the_teacher_leaves_no_trace(dense_checkpoint: str) -> None:
 
 def test_a_student_loads_in_a_plain_segmentor(dense_checkpoint) -> None:
     model = segmentor(teacher=dict()).eval()
-    compress(model)
     model.load_teacher(dense_checkpoint)
     plain = segmentor(kind='EncoderDecoder').eval()
     plain.load_state_dict(model.state_dict())
@@ -169,7 +162,6 @@ def test_compressed_checkpoints_teach_with_their_dense_weights(
     tmp_path,
 ) -> None:
     source = segmentor()
-    compress(source)
     path = tmp_path / 'pm.pth'
     torch.save(dict(state_dict=source.state_dict()), path)
     model = segmentor(teacher=dict(checkpoint=str(path)))
@@ -178,7 +170,7 @@ def test_compressed_checkpoints_teach_with_their_dense_weights(
         assert torch.equal(value, source.state_dict()[name])
 
 
-def test_scoring_uses_labels(dense_checkpoint: str) -> None:
+def test_calibration_uses_labels(dense_checkpoint: str) -> None:
     """A student that equals its teacher would have no gradient at all."""
     model = segmentor(teacher=dict())
     raw = dict(
@@ -189,11 +181,12 @@ def test_scoring_uses_labels(dense_checkpoint: str) -> None:
             )
         ],
     )
-    scores = gather_scores(model, [raw], 1)['backbone']
-    assert (scores > 0).any()
+    fit_importance(model, [raw])
+    found = model.backbone.compressor.importance.clone()
+    assert found.abs().sum(1).min() > 0
     model.load_teacher(dense_checkpoint)
-    again = gather_scores(model, [raw], 1)['backbone']
-    assert torch.equal(scores, again)
+    fit_importance(model, [raw])
+    assert torch.equal(model.backbone.compressor.importance, found)
 
 
 def test_errors(tmp_path, dense_checkpoint: str) -> None:
@@ -204,7 +197,6 @@ def test_errors(tmp_path, dense_checkpoint: str) -> None:
     with pytest.raises(ValueError, match='tau=-1.0 must be above 0'):
         segmentor(teacher=dict(tau=-1))
     model = segmentor(teacher=dict())
-    compress(model)
     with pytest.raises(RuntimeError, match='the teacher is not loaded'):
         model(**batch(model), mode='loss')
     with pytest.raises(RuntimeError, match='needs the dense checkpoint'):

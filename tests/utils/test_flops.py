@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
+from vits import build
 
 from pm_seg.models import PMVisionTransformer
 from pm_seg.utils import count_macs
 
-DIMS, LAYERS, HEADS, PATCH = 24, 3, 3, 16
-
-
-def backbone(compression: dict | None) -> PMVisionTransformer:
-    model = PMVisionTransformer(
-        img_size=64,
-        patch_size=PATCH,
-        embed_dims=DIMS,
-        num_layers=LAYERS,
-        num_heads=HEADS,
-        compression=compression,
-    )
-    if compression:
-        compressor = model.compressor
-        compressor.set_scores(torch.rand_like(compressor.scores) + 0.1)
-    return model.eval()
+DIMS, LAYERS, PATCH, TOKENS = 24, 3, 16, 24
 
 
 def block_macs(tokens: int) -> int:
@@ -33,70 +17,57 @@ def block_macs(tokens: int) -> int:
     return 12 * tokens * DIMS**2 + 2 * tokens**2 * DIMS
 
 
-EMBED = 16 * 3 * PATCH**2 * DIMS
+EMBED = TOKENS * 3 * PATCH**2 * DIMS
+
+
+def run(model: PMVisionTransformer, batch: int = 1) -> int:
+    images = torch.randn(batch, 3, 64, 96)
+    return count_macs(lambda: model(images))
 
 
 @pytest.mark.parametrize('batch', [1, 2])
 def test_dense_model(batch: int) -> None:
-    model = backbone(None)
-    images = torch.randn(batch, 3, 64, 64)
-    expected = batch * (EMBED + LAYERS * block_macs(17))
-    assert count_macs(lambda: model(images)) == expected
+    expected = batch * (EMBED + LAYERS * block_macs(1 + TOKENS))
+    assert run(build(None), batch) == expected
 
 
-@pytest.mark.parametrize(
-    ('restore', 'detail'), [('replace', 0), ('residual', 0), ('residual', 4)]
-)
-def test_sparse_maps_are_counted(restore: str, detail: int) -> None:
-    """Merge and restore N C each; detail paths down and up, N and K."""
-    model = backbone(
-        dict(
-            keep=0.5,
-            layers=[1, 2],
-            restore=restore,
-            detail=detail,
-            adapt=0,
-        )
-    )
-    path = detail * 2 * (17 + 9) * DIMS
-    expected = EMBED + block_macs(17)
-    expected += 2 * (block_macs(1 + 8) + 2 * 17 * DIMS + path)
-    images = torch.randn(1, 3, 64, 64)
-    assert count_macs(lambda: model(images)) == expected
+@pytest.mark.parametrize('batch', [1, 2])
+def test_merging_is_counted(batch: int) -> None:
+    """Comparing pairs; each value that is kept, moved, added or restored.
+
+    Sizes are one channel more, and are compared once.
+    """
+    model = build(dict(keep=0.7))
+    expected, before = EMBED, TOKENS
+    for after in model.compressor.tokens((4, 6)):
+        expected += block_macs(1 + after)
+        merged, dims = before - after, DIMS + 1
+        assert merged <= before // 2
+        if merged:
+            expected += (before // 2) * -(-before // 2) * DIMS
+            expected += (1 + after + 3 * merged) * dims + 1 + after
+            expected += (1 + before) * DIMS
+        before = after
+    assert before < TOKENS
+    assert run(model, batch) == batch * expected
 
 
-@pytest.mark.parametrize('rounds', [1, 3])
-def test_adaptive_maps_are_counted(rounds: int) -> None:
-    """Sums of seeds, comparisons, choice, sums of rounds, sizes on top."""
-    options = dict(keep=0.5, layers=[1, 2], detail=0, adapt=rounds)
-    model = backbone(options)
-    find = 17 * DIMS + rounds * 16 * (9 * DIMS + 1) + 17
-    find += (rounds - 1) * 16 * DIMS
-    own = 2 * 17 * DIMS + find
-    expected = EMBED + block_macs(17) + 2 * (block_macs(1 + 8) + own)
-    images = torch.randn(1, 3, 64, 64)
-    assert count_macs(lambda: model(images)) == expected
-    assert model.compressor.map_macs(8) == own
+def test_full_matrices_are_counted() -> None:
+    options = dict(type='paper', matrices='dense', num_groups=[8] * LAYERS)
+    expected = EMBED + LAYERS * (block_macs(9) + 2 * 9 * 25 * DIMS)
+    assert run(build(options)) == expected
 
 
-@pytest.mark.parametrize('rounds', [1, 3])
-def test_the_count_does_not_depend_on_the_device(
-    rounds: int, monkeypatch
-) -> None:
-    """Products with 0-1 matrices, of accelerators, are counted as sums."""
-    model = backbone(dict(keep=0.5, layers=[1, 2], adapt=rounds))
-    images = torch.randn(1, 3, 64, 64)
-    expected = count_macs(lambda: model(images))
-    module = importlib.import_module('pm_seg.core.segments')
-    monkeypatch.setattr(module, '_use_bags', lambda x: False)
-    assert count_macs(lambda: model(images)) == expected
-    assert not module.counting()
+@pytest.mark.parametrize('prefix', [1, 2])
+def test_gmacs_of_deit_tiny(prefix: int) -> None:
+    """mmpretrain's layers: qkv, projection, 4x MLP, and attention itself."""
+    pytest.importorskip('mmpretrain')
+    from pm_seg.models.backbones import pretrain_vit
 
-
-def test_dense_matrices_are_counted() -> None:
-    model = backbone(
-        dict(matrices='dense', num_groups=[8, 8, 8], restore='replace')
-    )
-    expected = EMBED + LAYERS * (block_macs(9) + 2 * 9 * 17 * DIMS)
-    images = torch.randn(1, 3, 64, 64)
+    kind = {1: 'PMVisionTransformer', 2: 'PMDistilledVisionTransformer'}
+    model = getattr(pretrain_vit, kind[prefix])(arch='deit-tiny').eval()
+    tokens = 196 + prefix
+    layer = 12 * tokens * 192**2 + 2 * tokens**2 * 192
+    images = torch.zeros(1, 3, 224, 224)
+    expected = 196 * 3 * 16**2 * 192 + 12 * layer
     assert count_macs(lambda: model(images)) == expected

@@ -16,6 +16,20 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='PackInputs'),
 ]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='ResizeEdge',
+        scale=232,
+        edge='short',
+        backend='cv2',
+        interpolation='bicubic',
+    ),
+    dict(type='CenterCrop', crop_size=224),
+    dict(type='PackInputs'),
+]
+# What compression measures on: images as in testing.
+calib_pipeline = test_pipeline
 train_dataloader = dict(
     batch_size=20,
     num_workers=2,
@@ -33,6 +47,7 @@ val_dataloader = dict(
         data_root=data_root,
         split='',
         ann_file='labels.txt',
+        pipeline=test_pipeline,
     ),
 )
 test_dataloader = val_dataloader

@@ -36,7 +36,7 @@ train_cfg = dict(
     type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1
 )
 custom_hooks = [
-    dict(type='PruneMergeHook', score_iters=50),
+    dict(type='PruneMergeHook'),
     dict(type='SeedIterationHook'),
 ]
 randomness = dict(seed=0)

@@ -13,7 +13,7 @@ param_scheduler = [
 ]
 train_cfg = dict(max_epochs=max_epochs)
 custom_hooks = [
-    dict(type='PruneMergeHook', score_iters=20, evaluate=True),
+    dict(type='PruneMergeHook', evaluate=True),
     dict(type='SeedIterationHook'),
 ]
 auto_scale_lr = dict(base_batch_size=128)

@@ -24,7 +24,7 @@ param_scheduler = [
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=64000, val_interval=8000)
 default_hooks = dict(checkpoint=dict(interval=4000, save_best='mIoU'))
 custom_hooks = [
-    dict(type='PruneMergeHook', score_iters=200),
+    dict(type='PruneMergeHook', score_batches=200),
     dict(type='SeedIterationHook'),
 ]
 randomness = dict(seed=0)

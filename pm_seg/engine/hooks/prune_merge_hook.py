@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from ...models.distillation import DistillationMixin
 from ...registry import register
 from ...utils.progress import TimeLeft
-from ..compression import calibration_loader, compress
+from ..compression import Measuring, calibration_loader, compress
 from ..report import describe
 from ..scoring import require_compressible, uncompressed
 from ..targets import check_target
@@ -21,77 +21,72 @@ from ..targets import check_target
 class PruneMergeHook(Hook):
     """Compresses the model before training starts.
 
-    Gathers gradient-weighted scores over training batches, measures what
-    compressing each layer costs, derives the structure of every compressible
-    module, loads the teacher if the model distils, and lets training go on. A
-    model that has its structure already, because a compressed checkpoint was
-    loaded or the run resumed, keeps it.
+    Measures on training batches what makes tokens important and how they best
+    get fewer over depth (the paper's form: gathers gradient-weighted scores
+    and derives the structure from them), loads the teacher if the model
+    distils, and lets training go on. A model that was compressed already,
+    because a compressed checkpoint was loaded or the run resumed, keeps what
+    it has.
 
     Images come from the training loader, through ``calib_pipeline`` if the
     config has one, else through its own transforms.
 
-    Scoring changes no weight and no random state: what follows is the same
+    Measuring changes no weight and no random state: what follows is the same
     run with or without it.
 
     Args:
-        score_iters (int): Training batches to score. Defaults to 50.
-        calib_iters (int): Training batches on which the loss of compressing
-            each layer is measured and detail paths are fitted. Defaults to 2.
+        calib_batches (int): Training batches to measure on, 0 for none.
+            Defaults to 8.
+        score_batches (int): Training batches to score where the structure
+            needs scores (``type='paper'``). Defaults to 50.
         reduction (str): See :class:`pm_seg.core.ScoreRecorder`. Defaults to
             'image'.
         seed (int): Seed of the batches and their augmentation. Defaults to
             0.
-        target (dict, optional): A budget instead of the ``keep`` of the
-            config: ``dict(gmacs=...)``, ``dict(share=...)`` or
-            ``dict(latency_ms=...)``, see
+        target (dict, optional): A budget of the whole model instead of the
+            ``keep`` of the config: ``dict(gmacs=...)``, ``dict(share=...)``
+            or ``dict(latency_ms=...)``, see
             :func:`pm_seg.engine.targets.meet_target`. Defaults to None.
         evaluate (bool): Whether to run the validation before compression and
             straight after it. Defaults to False.
 
     Example:
-        >>> custom_hooks = [dict(type='PruneMergeHook', score_iters=50)]
+        >>> custom_hooks = [dict(type='PruneMergeHook')]
     """
 
     priority = 'VERY_HIGH'
 
     def __init__(
         self,
-        score_iters: int = 50,
+        calib_batches: int = 8,
+        score_batches: int = 50,
         reduction: str = 'image',
         seed: int = 0,
         target: dict[str, float] | None = None,
         evaluate: bool = False,
-        calib_iters: int = 2,
     ) -> None:
-        for name, value in (
-            ('score_iters', score_iters),
-            ('calib_iters', calib_iters),
-        ):
-            if value < 1:
-                raise ValueError(f'{name}={value} must be at least 1 batch')
-        self.score_iters = score_iters
-        self.calib_iters = calib_iters
-        self.reduction = reduction
-        self.seed = seed
+        self.measuring = Measuring(
+            score_batches, calib_batches, reduction, seed
+        )
         if target is not None:
             check_target(target)
         self.target = target
         self.evaluate = evaluate
 
     def before_train(self, runner: Runner) -> None:
-        """Score and compress, unless there is a structure already."""
+        """Compress, unless the checkpoint is compressed already."""
         model = runner.model
         sharded = isinstance(model, FullyShardedDataParallel)
         if is_model_wrapper(model):
             model = model.module
         modules = require_compressible(model)
-        if all(m.compressor.has_structure for m in modules.values()):
+        if all(m.compressor.compressed for m in modules.values()):
             runner.logger.info(
                 'The checkpoint is compressed already, keeping its structure'
             )
         elif sharded:
             raise RuntimeError(
-                'the parameters are sharded (FSDP), and scoring needs the '
+                'the parameters are sharded (FSDP), and measuring needs the '
                 'whole model: compress the checkpoint first with '
                 'tools/compress.py and train from that, load_from=PM.pth'
             )
@@ -118,18 +113,13 @@ class PruneMergeHook(Hook):
                 runner.logger.info(f'{title} [{done}/{total}], {left}')
 
         # A loader of its own, so that training sees its batches unshifted.
-        keep = compress(
+        compress(
             model,
             calibration_loader(runner.cfg),
-            self.score_iters,
-            self.reduction,
-            self.seed,
-            self.target,
-            self.calib_iters,
-            progress,
+            target=self.target,
+            measuring=self.measuring,
+            progress=progress,
         )
-        if keep is not None:
-            runner.logger.info(f'keep={keep:.3f} meets {self.target}')
 
     def _evaluate(self, runner: Runner, title: str) -> None:
         """Validation without the hooks: this is no result of the run."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
-import torch.utils.checkpoint as cp
 from mmengine.logging import print_log
 from mmengine.utils import to_2tuple
 from mmpretrain.models.backbones import (
@@ -19,9 +18,10 @@ from mmpretrain.models.backbones.vision_transformer import (
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ...core.structure import Grid
+from ...core import CLASSIFICATION
+from ...core.merging import Grid
 from ..compressible import CompressibleMixin, check_patches
-from ..layers import fused_attention
+from ..layers import fused_attention, mean_keys, run_halves
 
 _OUTPUT_NORMS = ('ln1.', 'ln2.')
 
@@ -42,42 +42,32 @@ class PMPretrainEncoderLayer(TransformerEncoderLayer):
         self.with_cp = with_cp
         self.attn.value_tap = nn.Identity()
 
-    def attend(
-        self, x: Tensor, key_bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The first half.
-
-        Args:
-            x (Tensor): (B, T, C).
-            key_bias (Tensor, optional): Added to the attention logits of
-                each key, (B, 1, 1, T).
-
-        Returns:
-            tuple[Tensor, Tensor]: (B, T, C) and the keys (B, heads, T, D).
-        """
+    def attend(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+        """See :class:`~pm_seg.core.Layer`."""
         attn = self.attn
-        out, keys = fused_attention(
+        out = fused_attention(
             attn.qkv(self.ln1(x)),
             attn.num_heads,
             attn.value_tap,
-            key_bias,
+            log_size,
             attn.attn_drop if self.training else 0.0,
         )
-        out = attn.gamma1(attn.proj_drop(attn.proj(out)))
-        return x + attn.out_drop(out), keys
+        return x + attn.out_drop(attn.gamma1(attn.proj_drop(attn.proj(out))))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half, (B, T, C)."""
+        """See :class:`~pm_seg.core.Layer`."""
         return self.ffn(self.ln2(x), identity=x)
 
-    def _block(self, x: Tensor) -> Tensor:
-        return self.feed_forward(self.attend(x)[0])
+    def mean_keys(self, x: Tensor) -> Tensor:
+        """See :class:`~pm_seg.core.Layer`."""
+        qkv = self.attn.qkv
+        return mean_keys(
+            self.ln1(x), qkv.weight, qkv.bias, self.attn.num_heads
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the layer on tokens (B, T, C)."""
-        if self.with_cp and torch.is_grad_enabled():
-            return cp.checkpoint(self._block, x, use_reentrant=False)
-        return self._block(x)
+    def forward(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+        """Run the layer, see :class:`~pm_seg.core.Layer`."""
+        return run_halves(self, x, log_size)
 
 
 @MODELS.register_module()
@@ -88,9 +78,8 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
     the same checkpoint keys and, with ``compression=None``, gives the same
     results. Modifications:
 
-    - with ``compression``, the chosen layers run on merged patch tokens;
-      outputs 'raw' and 'featmap' still hold all patches (Mao et al., arXiv
-      2503.23455);
+    - with ``compression``, layers run on merged patch tokens; outputs 'raw'
+      and 'featmap' still hold all patches;
     - loading a checkpoint whose weights are missing, unexpected or of another
       shape raises ``RuntimeError`` and names them. Position embeddings of
       another size are resized, as in the base class;
@@ -100,11 +89,10 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
     - ``layer_cfgs=dict(with_cp=True)`` turns on activation checkpointing.
 
     Args:
-        compression (dict, optional): Options of
-            :class:`pm_seg.core.TokenCompressor`, for example
-            ``dict(keep=0.7, layers=range(4, 12))``. None is the dense model.
-            ``adapt`` is 0 here unless it is given: groups of very different
-            sizes change what a class token attends to. Defaults to None.
+        compression (dict, optional): ``type`` 'pm' (default), 'paper',
+            'tome' or 'algm' and the options of its class in
+            :mod:`pm_seg.core`, for example ``dict(keep=0.6)``. None is the
+            dense model. Defaults to None.
         **kwargs: See the base class; by keyword from the fourth on.
 
     Raises:
@@ -116,10 +104,10 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         ...     backbone=dict(
         ...         type='PMVisionTransformer',
         ...         arch='deit-small',
-        ...         compression=dict(keep=0.7)))
+        ...         compression=dict(keep=0.6)))
     """
 
-    default_compression = {'adapt': 0}
+    default_compression = CLASSIFICATION
 
     def __init__(
         self,
@@ -180,6 +168,8 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         self.build_compressor(
             compression, (height, width), self.num_extra_tokens
         )
+        if self.compressor and self.out_type == 'cls_token':
+            self.compressor.leave_merged()
         self.frozen_stages = frozen_stages
         if frozen_stages > 0:
             self._freeze_stages()
@@ -266,7 +256,7 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
             for 'raw', (B, C, h, w) for 'featmap', else (B, C).
         """
         x, grid = self.embed(x)
-        _, collected = self.run_layers(x, grid, self.out_indices)
+        collected = self.run_layers(x, grid, self.out_indices).layers
         last = len(self.layers) - 1
         if self.final_norm and last in collected:
             collected[last] = self.ln1(collected[last])

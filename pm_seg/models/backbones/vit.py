@@ -11,8 +11,9 @@ from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from ...core.structure import Grid
+from ...core.merging import Grid
 from ..compressible import CompressibleMixin, check_patches
+from ..features import FeatureMaps
 from ..layers import append_layers
 
 _PATCH_BIAS = 'patch_embed.projection.bias'
@@ -27,9 +28,9 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
     results. Modifications:
 
     - attention runs on fused kernels;
-    - with ``compression``, the chosen layers run on merged patch tokens, and
-      every output is still the full ``(B, C, h, w)`` map (Mao et al., arXiv
-      2503.23455);
+    - with ``compression``, layers run on merged patch tokens, and every
+      output is still the full ``(B, C, h, w)`` map; a head can ask for the
+      groups (:class:`~pm_seg.models.features.FeatureMaps`);
     - the patch embedding has a bias by default. mmseg >= 1.2 builds none and
       drops the one of older and converted checkpoints; a checkpoint without
       it loads as zero bias, which gives the same numbers;
@@ -37,16 +38,17 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
       shape raises ``RuntimeError`` and names them.
 
     Args:
-        compression (dict, optional): Options of
-            :class:`pm_seg.core.TokenCompressor`, for example
-            ``dict(keep=0.7, layers=range(4, 12))``. None is the dense model.
-            Defaults to None.
+        compression (dict, optional): ``type`` 'pm' (default), 'paper',
+            'tome' or 'algm' and the options of its class in
+            :mod:`pm_seg.core`, for example ``dict(keep=0.5)`` for half of
+            the layers' operations. None is the dense model. Defaults to
+            None.
 
     Example:
         >>> model = dict(
         ...     backbone=dict(
         ...         type='PMVisionTransformer',
-        ...         compression=dict(keep=0.7)))
+        ...         compression=dict(keep=0.5)))
     """
 
     own_keys = (
@@ -162,25 +164,26 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         out = patches.transpose(1, 2).reshape(len(x), -1, *grid)
         return [out, x[:, 0]] if self.output_cls_token else out
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor | list[Tensor], ...]:
+    def forward(self, inputs: Tensor) -> FeatureMaps:
         """Extract feature maps.
 
         Args:
             inputs (Tensor): (B, 3, H, W), any H and W.
 
         Returns:
-            tuple: A map (B, C, ceil(H / patch), ceil(W / patch)) for each of
-            ``out_indices``; ``[map, cls]`` with ``output_cls_token``.
+            FeatureMaps: A map (B, C, ceil(H / patch), ceil(W / patch)) for
+            each of ``out_indices``; ``[map, cls]`` with
+            ``output_cls_token``.
         """
         x, grid = self.embed(inputs)
         outs = [self.to_map(x, grid)] if self.out_origin else []
-        _, collected = self.run_layers(x, grid, self.out_indices)
+        _, collected, groups = self.run_layers(x, grid, self.out_indices)
         last = len(self.layers) - 1
         if self.final_norm and last in collected:
             collected[last] = self.norm1(collected[last])
         for index in sorted(collected):
             outs.append(self.to_map(collected[index], grid))
-        return tuple(outs)
+        return FeatureMaps(outs, groups)
 
     def train(self, mode: bool = True) -> PMVisionTransformer:
         super().train(mode)
@@ -217,9 +220,16 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         self, state_dict: dict[str, Tensor], prefix: str
     ) -> None:
         super()._adapt_state_dict(state_dict, prefix)
-        bias = self.patch_embed.projection.bias
-        if bias is not None:
-            state_dict.setdefault(prefix + _PATCH_BIAS, torch.zeros_like(bias))
+        bias, key = self.patch_embed.projection.bias, prefix + _PATCH_BIAS
+        if bias is not None and key not in state_dict:
+            state_dict[key] = torch.zeros_like(bias)
+        elif bias is not None and state_dict[key].any():
+            print_log(
+                'The bias of the patch embedding in the checkpoint is used. '
+                'VisionTransformer of mmseg >= 1.2 drops it, unless it has '
+                'patch_bias=True: its results differ',
+                logger='current',
+            )
 
     def _shape_remedy(self, key: str) -> str:
         if key == 'pos_embed':

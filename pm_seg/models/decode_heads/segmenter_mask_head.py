@@ -1,4 +1,4 @@
-"""Segmenter's mask transformer with token compression."""
+"""Segmenter's mask transformer on the groups of the backbone."""
 
 from __future__ import annotations
 
@@ -10,33 +10,30 @@ from mmseg.models.decode_heads import SegmenterMaskTransformerHead
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from ..compressible import CompressibleMixin
+from ...core import run_dense
 from ..layers import append_layers
+from ..loading import StrictLoading
 
 
 @MODELS.register_module()
 class PMSegmenterMaskTransformerHead(
-    CompressibleMixin, SegmenterMaskTransformerHead
+    StrictLoading, SegmenterMaskTransformerHead
 ):
-    """mmseg's ``SegmenterMaskTransformerHead`` with token compression.
+    """mmseg's ``SegmenterMaskTransformerHead`` on fewer tokens.
 
-    Takes all arguments of the stock head, has its checkpoint keys and, with
-    ``compression=None``, gives its results. With ``compression`` the layers
-    of the mask transformer run on merged patch tokens, the class embeddings
-    being prefix tokens, and masks come out for the full grid.
+    Takes all arguments of the stock head and has its checkpoint keys. Behind
+    a compressed backbone the layers run on the groups that the backbone's
+    last layer worked on, means of their projected tokens, and every token
+    gets what its group gained (as in
+    :meth:`pm_seg.core.Merge.restore`): masks come out for the full grid.
+    Behind any other backbone, or a neck, it gives the stock head's results.
 
     Args:
-        compression (dict, optional): Options of
-            :class:`pm_seg.core.TokenCompressor`. ``grid``, the patch rows
-            and columns of a training crop, is required because a head does
-            not know the image size, for example
-            ``dict(grid=(32, 32), keep=0.7)``. Defaults to None.
-
-    Raises:
-        ValueError: If ``compression`` has no ``grid``.
+        follow_groups (bool): Whether to run on the backbone's groups.
+            Defaults to True.
     """
 
-    own_keys = ('',)  # all of them
+    own_keys = None
 
     def __init__(
         self,
@@ -52,7 +49,7 @@ class PMSegmenterMaskTransformerHead(
         qkv_bias: bool = True,
         act_cfg: dict | None = None,
         norm_cfg: dict | None = None,
-        compression: dict | None = None,
+        follow_groups: bool = True,
         **kwargs,
     ) -> None:
         norm_cfg = norm_cfg or dict(type='LN')
@@ -80,14 +77,7 @@ class PMSegmenterMaskTransformerHead(
             act_cfg=act_cfg,
             norm_cfg=norm_cfg,
         )
-        if compression is not None and 'grid' not in compression:
-            raise ValueError(
-                'compression of the head needs grid=(rows, columns), the '
-                'patch grid of a training crop: crop size / patch size'
-            )
-        self.build_compressor(
-            compression, grid=(0, 0), num_prefix=self.num_classes
-        )
+        self.follow_groups = follow_groups
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Predict masks.
@@ -99,16 +89,19 @@ class PMSegmenterMaskTransformerHead(
         Returns:
             Tensor: Mask logits, (B, num_classes, h, w).
         """
+        groups = getattr(inputs, 'groups', None)
         x = self._transform_inputs(inputs)
         batch, _, height, width = x.shape
         x = self.dec_proj(x.flatten(2).transpose(1, 2))
-        # Class embeddings go first: they are prefix tokens of the token maps.
-        x = torch.cat((self.cls_emb.expand(batch, -1, -1), x), 1)
-        x, _ = self.run_layers(x, (height, width))
-        x = self.decoder_norm(x)
-
-        classes = self.classes_proj(x[:, : self.num_classes])
-        patches = self.patch_proj(x[:, self.num_classes :])
+        tokens, classes = x, self.cls_emb.expand(batch, -1, -1)
+        if groups is not None and self.follow_groups:
+            tokens = groups.mean(x)
+        # Class embeddings go first, as prefix tokens.
+        after = run_dense(self.layers, torch.cat([classes, tokens], 1)).last
+        classes, after = after.tensor_split([self.num_classes], dim=1)
+        x = after if tokens is x else x + groups.spread(after - tokens)
+        classes = self.classes_proj(self.decoder_norm(classes))
+        patches = self.patch_proj(self.decoder_norm(x))
         classes = F.normalize(classes, dim=2)
         patches = F.normalize(patches, dim=2)
         masks = self.mask_norm(patches @ classes.transpose(1, 2))

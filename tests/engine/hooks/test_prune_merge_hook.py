@@ -1,4 +1,4 @@
-"""Training through the runner: scoring, compression, several processes."""
+"""Training through the runner: calibration, several processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
 
-from pm_seg.engine import PruneMergeHook
-from pm_seg.engine.compression import compress
-from pm_seg.engine.scoring import compressible_modules
+from pm_seg.core.progressive import GAIN
+from pm_seg.engine import Measuring, PruneMergeHook, compress
 from pm_seg.utils.checkpoints import read_checkpoint
 
 # Imported by both processes; compares all weights and buffers over them.
@@ -32,7 +31,7 @@ class CompareProcesses(Hook):
 
     def after_train(self, runner):
         state = runner.model.module.state_dict()
-        assert state['backbone.compressor.scores'].any()
+        assert state['backbone.compressor.importance'].any()
         for key, value in state.items():
             copies = [torch.empty_like(value) for _ in range(2)]
             dist.all_gather(copies, value.contiguous())
@@ -41,57 +40,87 @@ class CompareProcesses(Hook):
 """
 
 
-def test_scores_compresses_and_trains(scenes: Path, tmp_path: Path) -> None:
-    cfg = small_config(scenes, tmp_path)
+def train(cfg) -> Runner:
     runner = Runner.from_cfg(cfg)
-    model = runner.train()
-    for module in compressible_modules(model).values():
-        assert module.compressor.has_structure
-    saved = read_checkpoint(tmp_path / 'iter_2.pth')
-    scores = saved['state_dict']['backbone.compressor.scores']
-    assert scores.shape == (2, 16) and (scores > 0).any()
+    runner.train()
+    return runner
+
+
+def test_calibrates_compresses_and_trains(
+    scenes: Path, tmp_path: Path
+) -> None:
+    """What was found and learned is in the checkpoint."""
+    runner = train(small_config(scenes, tmp_path, iters=3))
+    model = runner.model
+    compressor = model.backbone.compressor
+    assert compressor.compressed and compressor.has_importance
+    state = read_checkpoint(tmp_path / 'iter_3.pth')['state_dict']
+    assert state['backbone.compressor.importance'].any()
+    assert state['backbone.compressor.settled']
+    gain = state['backbone.compressor.gain']
+    assert (gain != GAIN).any() and torch.equal(gain, compressor.gain)
     decay = {
         id(p): group['weight_decay']
         for group in runner.optim_wrapper.param_groups
         for p in group['params']
     }
-    compressor = model.backbone.compressor
-    assert decay[id(compressor.merge_weight)] == 0
+    assert decay[id(compressor.gain)] == 0
     assert decay[id(model.backbone.pos_embed)] > 0
 
 
-def test_keeps_the_structure_of_a_checkpoint(
+def test_nothing_to_measure_on(scenes: Path, tmp_path: Path) -> None:
+    """No batch is loaded before training, and all the same it compresses."""
+    cfg = small_config(scenes, tmp_path, iters=1)
+    cfg.custom_hooks[0].calib_batches = 0
+    batches = count_batches(cfg)
+    compressor = batches.pop(0).backbone.compressor
+    assert len(batches) == 1
+    assert compressor.compressed and not compressor.has_importance
+
+
+def count_batches(cfg) -> list:
+    """The trained model, and the sum of each batch of training images."""
+    runner = Runner.from_cfg(cfg)
+    sums = []
+    step = runner.model.data_preprocessor.forward
+
+    def watch(data, training=False):
+        if training:
+            inputs = torch.stack(data['inputs'])
+            sums.append(inputs.double().sum().item())
+        return step(data, training)
+
+    runner.model.data_preprocessor.forward = watch
+    runner.train()
+    return [runner.model, *sums]
+
+
+def test_keeps_what_a_compressed_checkpoint_has(
     scenes: Path, tmp_path: Path
 ) -> None:
-    cfg = small_config(scenes, tmp_path / 'first')
-    group = Runner.from_cfg(cfg).train().backbone.compressor.group.clone()
-    again = small_config(scenes, tmp_path / 'second')
-    again.load_from = str(tmp_path / 'first' / 'iter_2.pth')
-    again.model.backbone.compression.keep = 0.25
-    model = Runner.from_cfg(again).train()
-    assert torch.equal(model.backbone.compressor.group, group)
+    """Its schedule, not that of the config; nothing is measured again."""
+    first = train(small_config(scenes, tmp_path / 'first')).model
+    cfg = small_config(scenes, tmp_path / 'second', iters=1)
+    cfg.load_from = str(tmp_path / 'first' / 'iter_2.pth')
+    cfg.model.backbone.compression.keep = 0.9
+    model, *sums = count_batches(cfg)
+    assert len(sums) == 1
+    found, expected = (m.backbone.compressor for m in (model, first))
+    assert found.loads() == expected.loads()
+    assert torch.equal(found.importance, expected.importance)
+    assert found.strength == expected.strength
 
 
-def test_scoring_does_not_shift_training(scenes, tmp_path) -> None:
-    """The batches seen in training do not depend on how many were scored."""
+def test_calibration_does_not_shift_training(scenes, tmp_path) -> None:
+    """The batches seen in training do not depend on how many came before."""
     seen = []
-    for score_iters in (1, 3):
-        cfg = small_config(scenes, tmp_path / str(score_iters), iters=1)
-        cfg.custom_hooks[0].score_iters = score_iters
-        runner = Runner.from_cfg(cfg)
-        losses = []
-        step = runner.model.data_preprocessor.forward
-
-        def watch(data, training=False, step=step, losses=losses):
-            if training:
-                inputs = torch.stack(data['inputs'])
-                losses.append(inputs.double().sum().item())
-            return step(data, training)
-
-        runner.model.data_preprocessor.forward = watch
-        runner.train()
-        assert len(losses) == score_iters + 2 + 1  # two to calibrate
-        seen.append(losses[-1])
+    for count in (1, 3):
+        cfg = small_config(scenes, tmp_path / str(count), iters=1)
+        cfg.custom_hooks[0].calib_batches = count
+        _, *sums = count_batches(cfg)
+        assert len(sums) == 2 * count + 1  # importance, then ways to merge
+        assert sums[:count] == sums[count:-1]
+        seen.append(sums[-1])
     assert seen[0] == seen[1]
 
 
@@ -111,25 +140,31 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
         cwd=tmp_path, env=dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
     )  # fmt: skip
     assert 'IDENTICAL' in result.stdout + result.stderr
-    state = read_checkpoint(tmp_path / 'work/iter_1.pth')
+    state = read_checkpoint(tmp_path / 'work/iter_1.pth')['state_dict']
     # 2 processes x 2 batches of 2 images: the same 8 images in one process
-    for batch_size in (1, 4, 8):
+    for batch_size in (1, 8):
         cfg = small_config(scenes, tmp_path)
         cfg.train_dataloader.batch_size = batch_size
         init_default_scope('mmseg')
         torch.manual_seed(0)
         model = MODELS.build(cfg.model)
         model.load_state_dict(start)
-        compress(model, cfg.train_dataloader, 8 // batch_size)
-        for name, module in compressible_modules(model).items():
-            together = state['state_dict'][f'{name}.compressor.scores']
-            difference = (module.compressor.scores - together).abs().max()
-            assert difference <= 1e-6 * together.max()
+        measuring = Measuring(calib_batches=8 // batch_size)
+        compress(model, cfg.train_dataloader, measuring=measuring)
+        compressor = model.backbone.compressor
+        together = state['backbone.compressor.importance']
+        difference = (compressor.importance - together).abs().max()
+        assert difference <= 1e-3 * together.abs().max()
+        for name in ('shares', 'strength'):
+            value = state[f'backbone.compressor.{name}']
+            assert torch.equal(compressor.get_buffer(name), value), name
 
 
-def test_bad_score_iters() -> None:
-    with pytest.raises(ValueError, match='score_iters=0'):
-        PruneMergeHook(score_iters=0)
+def test_numbers_are_checked() -> None:
+    with pytest.raises(ValueError, match='score_batches=0 must be at least'):
+        PruneMergeHook(score_batches=0)
+    with pytest.raises(ValueError, match="target={'flops': 1} must have"):
+        PruneMergeHook(target=dict(flops=1))
 
 
 def test_sharded_parameters_cannot_be_scored(monkeypatch) -> None:

@@ -4,8 +4,8 @@ Each fault below is put into a temporary copy of the core, one at a time, and
 the tests named with it run there until the first failure. A fault that no
 test notices has survived, and the exit code is 1.
 
-    python tools/mutation_check.py
-    python tools/mutation_check.py --only segments centres --out faults.md
+    python tools/lab/mutation_check.py
+    python tools/lab/mutation_check.py --only segments centres --out faults.md
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""Which tokens matter, from what they look like to a layer.
+
+The paper scores a token by its gradient-weighted attention
+(:mod:`~pm_seg.core.scores`): position by position, averaged over images. For
+groups that follow the image the same score is predicted from the token
+itself, by ridge regression of its logarithm on the normed token::
+
+    log score(x) ~ <direction, layer_norm(x)> + constant of the image
+
+Pairs of important tokens then merge later: their dissimilarity is multiplied
+by ``exp(strength (log score + log score of the other))``, see
+:func:`~pm_seg.core.merging.match`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .scores import value_gradient_scores
+
+_FLOOR = 1e-4  # of the image's mean score: silent tokens have a logarithm too
+
+
+class ImportanceFitter:
+    """Gathers what the regression needs while losses are back-propagated.
+
+    Use as a context manager around ``loss.backward()`` calls of the
+    uncompressed model::
+
+        with ImportanceFitter(blocks, taps, num_prefix=1) as fitter:
+            for images, labels in batches:
+                loss_fn(model(images), labels).backward()
+        compressor.set_importance(0.1, fitter.directions())
+
+    Args:
+        blocks (Sequence[nn.Module]): The layers; their first argument are
+            tokens (B, P+N, C).
+        taps (Sequence[nn.Module]): One for each layer through which its
+            values pass, as for :class:`~pm_seg.core.ScoreRecorder`.
+        num_prefix (int): P.
+        dims (int): C.
+        ridge (float): Added to the diagonal of the Gram matrix, as a share
+            of its mean. Defaults to 0.01.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        taps: Sequence[nn.Module],
+        num_prefix: int,
+        dims: int,
+        ridge: float = 0.01,
+    ) -> None:
+        self.blocks = blocks
+        self.taps = taps
+        self.num_prefix = num_prefix
+        self.ridge = ridge
+        self.gram = torch.zeros(len(blocks), dims, dims, dtype=torch.float64)
+        self.cross = torch.zeros(len(blocks), dims, dtype=torch.float64)
+        self._inputs: dict[int, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> ImportanceFitter:
+        for layer, (block, tap) in enumerate(zip(self.blocks, self.taps)):
+            self._handles += [
+                block.register_forward_pre_hook(
+                    lambda module, args, layer=layer: self._inputs.update(
+                        {layer: args[0].detach()}
+                    )
+                ),
+                tap.register_forward_hook(
+                    lambda module, args, value, layer=layer: self._watch(
+                        layer, value
+                    )
+                ),
+            ]
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._inputs.clear()
+
+    def _watch(self, layer: int, value: Tensor) -> Tensor:
+        detached, x = value.detach(), self._inputs[layer]
+        if torch.is_grad_enabled():
+            if not value.requires_grad:  # everything before it is frozen
+                value = detached.clone().requires_grad_()
+            value.register_hook(
+                lambda grad: self._record(layer, x, detached, grad)
+            )
+        return value
+
+    @torch.no_grad()
+    def _record(
+        self, layer: int, x: Tensor, value: Tensor, grad: Tensor
+    ) -> None:
+        score = value_gradient_scores(value, grad)[:, self.num_prefix :].abs()
+        score = score + _FLOOR * score.mean(1, keepdim=True)
+        # An image without gradients has nothing to say.
+        wanted = score.clamp_min(torch.finfo(torch.float64).tiny).log()
+        wanted = wanted - wanted.mean(1, keepdim=True)
+        known = x[:, self.num_prefix :].float()
+        known = F.layer_norm(known, known.shape[2:]).double()
+        known = known - known.mean(1, keepdim=True)
+        known, wanted = known.flatten(0, 1), wanted.flatten()
+        self.gram[layer] += (known.T @ known).cpu()
+        self.cross[layer] += (known.T @ wanted).cpu()
+
+    def directions(self) -> Tensor:
+        """Solutions of all layers, float32, (L, C).
+
+        Raises:
+            RuntimeError: If a layer saw no gradient.
+        """
+        scale = self.gram.diagonal(dim1=1, dim2=2).mean(1)
+        silent = (scale == 0).nonzero().flatten().tolist()
+        if silent:
+            raise RuntimeError(
+                f'no gradient reached the values of layers {silent}; run '
+                'forward and backward, with gradients enabled'
+            )
+        eye = torch.eye(self.gram.shape[1], dtype=self.gram.dtype)
+        gram = self.gram + self.ridge * scale[:, None, None] * eye
+        return torch.linalg.solve(gram, self.cross).float()

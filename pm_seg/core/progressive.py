@@ -1,0 +1,300 @@
+"""Merge once, restore once: tokens merge over depth and stay merged.
+
+Before layer l the patch tokens of each image merge down to K_l, the most
+similar ones first, and stay merged; after the last layer, or wherever all
+tokens are asked for, the chain of merges is undone, newest first, and each
+token gets what it was plus what its group gained
+(:meth:`~pm_seg.core.merging.Merge.restore`). Nothing has to be known of the
+images, no gradient and no position: it works with any weights and any grid.
+
+What :mod:`~pm_seg.core.importance` finds out about the weights on some images
+makes it better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .compressor import (
+    Compressor,
+    EncoderShape,
+    Layer,
+    LayerLoad,
+    Outputs,
+    check_share,
+)
+from .merging import RESTORES, Chain, Grid, Merge
+from .schedule import SCHEDULES, WHOLE, Schedule
+from .similarity import match, sketch, sketch_dims
+from .windows import WINDOW, match_windows
+
+COMPARES = ('sketch', 'keys', 'tokens')
+#: Share of what a group of several gained that its members get. Measured:
+#: with 1 the error is a tenth larger, at all budgets.
+GAIN = 0.8
+
+
+class ProgressiveCompressor(Compressor):
+    """Merges similar tokens of each image more and more over depth.
+
+    Args:
+        shape (EncoderShape): The transformer.
+        keep (float): MACs of the layers as a share of the dense layers',
+            with finding groups, merging and restoring. Defaults to 0.5.
+        schedule (str): How tokens get fewer over depth: 'power'
+            (:func:`~pm_seg.core.schedule.power_shares`), 'constant' (ToMe)
+            or 'local_global' (ALGM; its first merge is of 2x2 windows).
+            Defaults to 'power'.
+        power (float): Of the schedule 'power'. Defaults to 0.6, for dense
+            prediction; classifiers do better with 1.5.
+        first (int): First layer that works on fewer tokens, of the schedule
+            'power'. Defaults to 1.
+        compare (str): What is compared: a count 'sketch' of the tokens
+            (random signs, folded to about 64 channels), the 'keys' of the
+            layer (mean of the heads, as ToMe; better for classifiers) or the
+            'tokens' themselves. Defaults to 'sketch'.
+        between (bool): Whether a layer merges between attention and MLP, as
+            ToMe and ALGM, instead of before the layer. Defaults to False.
+        restore (str): 'residual', or 'replace' as ToMe-like methods. Defaults
+            to 'residual'.
+        size_aware (bool): Whether attention counts a token as often as the
+            patches it stands for (ToMe's proportional attention). Defaults
+            to True.
+
+    Raises:
+        ValueError: On an unknown option or a value out of range.
+    """
+
+    def __init__(
+        self,
+        shape: EncoderShape,
+        keep: float = 0.5,
+        schedule: str = 'power',
+        power: float = 0.6,
+        first: int = 1,
+        compare: str = 'sketch',
+        between: bool = False,
+        restore: str = 'residual',
+        size_aware: bool = True,
+    ) -> None:
+        super().__init__(shape)
+        depth, dims = shape.depth, shape.dims
+        for name, value, allowed in (
+            ('schedule', schedule, SCHEDULES),
+            ('compare', compare, COMPARES),
+            ('restore', restore, RESTORES),
+            ('first', first, range(depth)),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f'{name}={value!r} must be one of {tuple(allowed)}'
+                )
+        check_share('keep', keep)
+        if not isinstance(power, (int, float)) or not power > 0:
+            raise ValueError(f'power={power!r} must be a number above 0')
+        compared, found = {
+            'sketch': (sketch_dims(dims), dims),
+            'keys': (shape.key_dims, dims * shape.key_dims),
+            'tokens': (dims, 0),
+        }[compare]
+        self.schedule = Schedule(
+            shape, schedule, power, first, between, compared, found
+        )
+        self.compare = compare
+        self.restore = restore
+        self.size_aware = size_aware
+        # Millionths of the patch tokens that each layer works on: integers
+        # stay what they are when a model is cast to half precision.
+        self.register_buffer('shares', torch.full((depth,), WHOLE))
+        self.gain = nn.Parameter(torch.full((depth,), GAIN))
+        self.gain.requires_grad_(restore == 'residual' and keep < 1)
+        # How important a token is that looks like this, see importance.py,
+        # and how much that counts.
+        self.register_buffer('importance', torch.zeros(depth, dims))
+        self.register_buffer('strength', torch.zeros(()))
+        self.register_buffer('power', torch.tensor(power))
+        self.register_buffer('settled', torch.tensor(False))
+        self._settled, self._whole = False, True
+        self.has_importance, self._strength = False, 0.0
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (dims,), generator=generator, device='cpu')
+        signs = (2.0 * signs - 1).to(self.gain.device)
+        self.register_buffer('signs', signs, persistent=False)
+        self.set_keep(keep)
+
+    # ---------------------------------------------------------------- state
+
+    def set_keep(self, keep: float, power: float | None = None) -> None:
+        """Find the schedule whose layers cost this share of the dense ones.
+
+        Args:
+            keep (float): In (0, 1].
+            power (float, optional): Of the schedule 'power', instead of the
+                one there is.
+
+        Raises:
+            ValueError: If it is out of reach.
+        """
+        schedule = replace(self.schedule, power=power or self.schedule.power)
+        shares = [round(x * WHOLE) for x in schedule.solve(keep)]
+        self.schedule, self.keep = schedule, keep
+        self.shares.copy_(torch.tensor(shares, device=self.shares.device))
+        self._shares = [share / WHOLE for share in shares]
+        self.power.fill_(schedule.power)
+
+    @property
+    def compressed(self) -> bool:
+        return self._settled
+
+    def settle(self) -> None:
+        self.settled.fill_(True)
+        self._settled = True
+
+    def leave_merged(self) -> None:
+        self._whole = False
+        self.gain.requires_grad_(False)
+
+    @torch.no_grad()
+    def set_importance(
+        self, strength: float, directions: Tensor | None = None
+    ) -> None:
+        """Say how much importance counts, and what makes a token important.
+
+        Args:
+            strength (float): Against similarity, 0 for not at all.
+            directions (Tensor, optional): Of
+                :class:`~pm_seg.core.importance.ImportanceFitter`, (L, C).
+                Defaults to what there is.
+        """
+        if directions is not None:
+            self.importance.copy_(directions)
+            self.has_importance = True
+        self.strength.fill_(strength)
+        self._strength = strength if self.has_importance else 0.0
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.shares.is_meta:
+            self._shares = [x / WHOLE for x in self.shares.tolist()]
+            self.schedule = replace(self.schedule, power=float(self.power))
+            self._settled = bool(self.settled)
+            self.keep = round(self.share, 4)
+            self.has_importance = bool(self.importance.any())
+            self._strength = float(self.strength) * self.has_importance
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether images can make it better: ours, not those of peers."""
+        return self.schedule.kind == 'power' and not self.schedule.between
+
+    def tokens(self, grid: Grid) -> list[int]:
+        """Patch tokens that each layer's MLP works on, for any grid."""
+        return self.schedule.tokens(self._shares, grid)
+
+    def loads(self) -> list[LayerLoad]:
+        return self.schedule.loads(self._shares)
+
+    # ------------------------------------------------------------------ run
+
+    def _run(
+        self,
+        layers: Sequence[Layer],
+        x: Tensor,
+        grid: Grid,
+        outputs: Collection[int],
+    ) -> Outputs:
+        chain, collected = Chain(x, self.shape.num_prefix), {}
+        for index, (layer, left) in enumerate(zip(layers, self.tokens(grid))):
+            if self.schedule.between:
+                keys = chain.x
+                chain.x = layer.attend(keys, self._log_size(chain))
+                self._shrink(chain, index, left, layer, grid, keys)
+                chain.x = layer.feed_forward(chain.x)
+            else:
+                self._shrink(chain, index, left, layer, grid)
+                chain.x = layer(chain.x, self._log_size(chain))
+            if self.observer is not None:
+                groups = chain.groups()
+                self._observe(index, groups and groups.place, grid)
+            if index in outputs or index == len(layers) - 1:
+                last = chain.restored(self.restore) if self._whole else chain.x
+            if index in outputs:
+                collected[index] = last
+        return Outputs(last, collected, chain.groups())
+
+    def _log_size(self, chain: Chain) -> Tensor | None:
+        return chain.log_size if self.size_aware else None
+
+    def _shrink(
+        self,
+        chain: Chain,
+        index: int,
+        left: int,
+        layer: Layer,
+        grid: Grid,
+        compared: Tensor | None = None,
+    ) -> None:
+        """Merge down to ``left`` tokens, half of them at most at a time.
+
+        Windows merge all at once. What is compared are the tokens themselves,
+        or, where the layer's attention changed them already, those before it.
+        """
+        while chain.tokens > left:
+            merge = self._match(
+                chain.x if compared is None else compared,
+                self.schedule.step(index, chain.tokens, left),
+                index,
+                layer,
+                grid,
+            )
+            chain.merge(merge, self.gain[index])
+
+    @torch.no_grad()
+    def _match(
+        self, x: Tensor, count: int, index: int, layer: Layer, grid: Grid
+    ) -> Merge:
+        """Which tokens merge; found in full precision, as far as x has it."""
+        prefix, device = self.shape.num_prefix, x.device.type
+        patches = x[:, prefix:]
+        if torch.is_autocast_enabled(device):
+            patches = patches.float()
+        with _full_precision(device):
+            if self.compare == 'keys':
+                metric = layer.mean_keys(patches)
+            elif self.compare == 'sketch':
+                metric = sketch(patches, self.signs)
+            else:
+                metric = patches
+            weight = None
+            if self._strength:
+                weight = F.layer_norm(patches.float(), patches.shape[2:])
+                weight = (weight * self.importance[index]).sum(2)
+                weight = weight - weight.mean(1, keepdim=True)
+                weight = (self._strength * weight).exp()
+            if self.schedule.in_windows(index):
+                windows = count // (WINDOW - 1)
+                return match_windows(metric.float(), windows, grid, prefix)
+            return match(metric.float(), count, prefix, weight)
+
+    def extra_repr(self) -> str:
+        return (
+            f'keep={self.keep}, schedule={self.schedule.kind!r}, '
+            f'compare={self.compare!r}, restore={self.restore!r}, '
+            f'size_aware={self.size_aware}'
+        )
+
+
+def _full_precision(device: str) -> AbstractContextManager:
+    """No autocast inside. Entered only where there is one: exports trace it.
+
+    Rounded similarities would pair other tokens than full ones.
+    """
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

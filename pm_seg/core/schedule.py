@@ -1,0 +1,208 @@
+"""How many tokens each layer keeps, from a budget of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .compressor import EncoderShape, LayerLoad, check_share
+from .merging import Grid
+from .windows import WINDOW
+
+FLOOR = 0.1  # share of the patch tokens that is always left
+WHOLE = 1_000_000  # shares are millionths
+
+
+def power_shares(
+    strength: float, depth: int, power: float, first: int
+) -> list[float]:
+    """Fewer tokens from layer to layer, smoothly.
+
+    ``1 - strength ((l - first + 1) / (depth - first))^power`` of the tokens
+    in layer l >= first, not below ``FLOOR``. Large single steps are worse: a
+    schedule from losses of single layers had three times the error.
+
+    Args:
+        strength (float): >= 0; 0 keeps all tokens.
+        depth (int): Number of layers, L.
+        power (float): Below 1 merges more in early layers, above 1 in late
+            ones.
+        first (int): First layer that works on fewer tokens.
+
+    Returns:
+        list[float]: Share of the patch tokens of each layer.
+    """
+    steps = [max(layer - first + 1, 0) for layer in range(depth)]
+    return [
+        max(1 - strength * (step / (depth - first)) ** power, FLOOR)
+        for step in steps
+    ]
+
+
+def constant_shares(
+    strength: float, depth: int, power: float, first: int
+) -> list[float]:
+    """ToMe's: every layer merges equally many tokens, at most half."""
+    shares, share = [], 1.0
+    for _ in range(depth):
+        share -= min(strength / depth, share / 2)
+        shares.append(max(share, FLOOR))
+    return shares
+
+
+def local_global_shares(
+    strength: float, depth: int, power: float, first: int
+) -> list[float]:
+    """ALGM's: windows merge in the first layer, all tokens half-way.
+
+    ``strength`` is the share of the windows that merge, and of the tokens
+    left that do half-way, which is at most half of them.
+    """
+    strength, half = min(strength, 1.0), depth // 2
+    local = 1 - 0.75 * strength
+    both = local * max(1 - strength, 0.5)
+    return [local] * half + [both] * (depth - half)
+
+
+SCHEDULES: dict[str, Callable[..., list[float]]] = {
+    'power': power_shares,
+    'constant': constant_shares,
+    'local_global': local_global_shares,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tokens and operations of every layer.
+
+    Attributes:
+        shape (EncoderShape): The transformer.
+        kind (str): Key of ``SCHEDULES``.
+        power (float): See :func:`power_shares`.
+        first (int): See :func:`power_shares`.
+        between (bool): Whether layers merge between attention and MLP.
+        compared (int): Channels that tokens are compared in.
+        found (int): MACs to find these of one token.
+    """
+
+    shape: EncoderShape
+    kind: str
+    power: float
+    first: int
+    between: bool
+    compared: int
+    found: int
+
+    def solve(self, keep: float) -> list[float]:
+        """Shares of the patch tokens for a share of the dense layers' MACs.
+
+        Raises:
+            ValueError: If it is out of reach.
+        """
+        check_share('keep', keep)
+
+        def shares(strength: float) -> list[float]:
+            exact = SCHEDULES[self.kind](
+                strength, self.shape.depth, self.power, self.first
+            )
+            return [round(share * WHOLE) / WHOLE for share in exact]
+
+        def cost(shares: list[float]) -> float:
+            macs = sum(load.macs for load in self.loads(shares))
+            return macs / self.shape.dense_macs
+
+        try:
+            return solve(shares, cost, keep)
+        except ValueError as error:
+            raise ValueError(
+                f'keep={keep} is out of reach of the schedule {self.kind!r}: '
+                f'{error}; keep more'
+                + ', or merge earlier: a lower first'
+                * (self.kind == 'power' and self.first > 0)
+            ) from None
+
+    def tokens(self, shares: Sequence[float], grid: Grid) -> list[int]:
+        """Patch tokens that each layer's MLP works on, for any grid.
+
+        Above 64 in multiples of 8, which products on accelerators need.
+        """
+        whole = left = grid[0] * grid[1]
+        windows = (grid[0] // 2) * (grid[1] // 2)
+        counts = []
+        for layer, share in enumerate(shares):
+            count = whole * share
+            count = 8 * round(count / 8) if count > 64 else round(count)
+            if self.kind == 'local_global' and layer < len(shares) // 2:
+                merged = min((whole - count) // (WINDOW - 1), windows)
+                count = whole - merged * (WINDOW - 1)
+            halved = self.between and not self.in_windows(layer)
+            least = left - left // 2 if halved else 1
+            left = min(max(count, least), left)
+            counts.append(left if share < 1 else whole)
+        return counts
+
+    def in_windows(self, layer: int) -> bool:
+        """Whether a layer merges whole windows."""
+        return self.kind == 'local_global' and layer == 0
+
+    def step(self, layer: int, before: int, after: int) -> int:
+        """How many of the patch tokens merge at once: half of them at most,
+        or all that are to, in windows.
+        """
+        if self.in_windows(layer):
+            return before - after
+        return min(before - after, before // 2)
+
+    def loads(self, shares: Sequence[float]) -> list[LayerLoad]:
+        """What each layer works on and costs, on the native grid.
+
+        Comparing, merging and restoring included.
+        """
+        shape, loads = self.shape, []
+        before, prefix, dims = shape.num_tokens, shape.num_prefix, shape.dims
+        for layer, after in enumerate(self.tokens(shares, shape.grid)):
+            attended = before if self.between else after
+            macs = shape.cost(prefix + attended, prefix + after)
+            while before > after:
+                merged = self.step(layer, before, after)
+                pairs = (before // 2) * -(-before // 2)
+                pairs = before if self.in_windows(layer) else pairs
+                macs += before * self.found + pairs * self.compared
+                # kept, moved from, moved to, added; restored
+                rows = prefix + before + 2 * merged + prefix + before
+                macs += rows * dims
+                before -= merged
+            loads.append(LayerLoad(attended, after, macs))
+        return loads
+
+
+def solve(
+    shares: Callable[[float], list[float]],
+    cost: Callable[[list[float]], float],
+    budget: float,
+    most: float = 1024.0,
+) -> list[float]:
+    """The shares that cost as much as a budget allows, by bisection.
+
+    Args:
+        shares (Callable): Shares for a strength >= 0, fewer with more of it.
+        cost (Callable): What shares cost.
+        budget (float): Upper bound of the cost.
+        most (float): Largest strength. Defaults to 1024.
+
+    Raises:
+        ValueError: If even the largest strength costs more.
+    """
+    if cost(shares(0.0)) <= budget:
+        return shares(0.0)
+    least = cost(shares(most))
+    if least > budget:
+        raise ValueError(f'{least:.3f} is its least')
+    low, high = 0.0, most
+    for _ in range(50):
+        middle = (low + high) / 2
+        if cost(shares(middle)) > budget:
+            low = middle
+        else:
+            high = middle
+    return shares(high)

@@ -1,0 +1,283 @@
+"""Token maps, grids, parameters and state of the paper's compressor."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pm_seg.core import EncoderShape, LayerCost, StaticCompressor
+from pm_seg.utils import count_macs
+
+GRID = (4, 6)
+grids = st.tuples(st.integers(1, 7), st.integers(1, 7))
+SHAPE = EncoderShape(3, GRID, 1, 4, 2, LayerCost(0.0, 16.0, 0.0))
+
+
+def compressor(
+    scores: bool = True, shape: EncoderShape = SHAPE, **options
+) -> StaticCompressor:
+    torch.manual_seed(1)
+    out = StaticCompressor(shape, **{'keep_rate': 0.5, **options})
+    if scores:
+        out.set_scores(torch.rand(shape.depth, shape.num_tokens) + 0.01)
+    return out
+
+
+def kept(module: StaticCompressor) -> list[int]:
+    return [load.kept for load in module.loads()]
+
+
+def run(module: StaticCompressor, x: torch.Tensor, grid=GRID) -> torch.Tensor:
+    return module.run([torch.sin] * module.shape.depth, x, grid).last
+
+
+# ------------------------------------------------------------------------ run
+
+
+def test_layers_left_dense() -> None:
+    module = compressor(layers=[2, 1], prune_rate=0.25)
+    maps = module.token_maps(GRID)
+    assert maps[0] is None
+    assert [m.num_merged for m in maps[1:]] == [13, 13]
+    assert kept(module) == [24, 12, 12]
+    assert [load.attended for load in module.loads()] == kept(module)
+    assert [load.pruned for load in module.loads()] == [0, 6, 6]
+
+
+def test_all_tokens_are_the_layer_alone() -> None:
+    module = compressor(keep_rate=1.0)
+    assert module.token_maps(GRID) == [None] * 3
+    assert module.share == 1.0
+    x = torch.randn(2, 25, 4)
+    assert torch.equal(run(module, x), x.sin().sin().sin())
+
+
+def test_layers_are_run_on_merged_tokens_and_collected() -> None:
+    module, x = compressor(), torch.randn(2, 25, 4)
+    seen = []
+
+    def layer(z: torch.Tensor) -> torch.Tensor:
+        seen.append(z.shape[1])
+        return z + 1
+
+    out = module.run([layer] * 3, x, GRID, outputs=(0, 2))
+    assert seen == [13] * 3 and out.groups is None
+    assert out.layers.keys() == {0, 2}
+    assert torch.equal(out.layers[2], out.last)
+    first = module.token_maps(GRID)[0]
+    z = first.merge(x)
+    expected = first.restore(x, z, z + 1)
+    torch.testing.assert_close(out.layers[0], expected)
+
+
+@pytest.mark.parametrize('restore', ['replace', 'residual'])
+@pytest.mark.parametrize('matrices', ['sparse', 'dense'])
+def test_costs_are_those_counted_while_it_runs(restore, matrices) -> None:
+    counts = dict(num_groups=[24, 12, 6])
+    module = compressor(restore=restore, matrices=matrices, **counts)
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(3)]
+    x = torch.randn(1, 25, 4)
+    counted = count_macs(lambda: module.run(layers, x, GRID))
+    macs = sum(load.macs for load in module.loads())
+    if matrices == 'dense':  # shortcuts, which no counter sees
+        macs -= 3 * 25 * 4
+    assert macs == counted
+
+
+# ---------------------------------------------------------------- other grids
+
+
+def test_structures_of_some_grids_are_kept() -> None:
+    module = compressor()
+
+    def address(grid: tuple[int, int]) -> int:
+        return module.token_maps(grid)[0].place.data_ptr()
+
+    native, first = address(GRID), address((5, 2))
+    others = [address((3, width)) for width in range(2, 17)]
+    assert address((5, 2)) == first
+    assert others == [address((3, width)) for width in range(2, 17)]
+    for width in range(2, 40):
+        address((4, width))
+    assert len(module._structures) == module.max_grids + 1
+    assert address(GRID) == native
+
+
+def test_new_values_make_new_structures() -> None:
+    module, other = compressor(), compressor()
+    module.token_maps((5, 5))
+    torch.manual_seed(3)
+    other.set_scores(torch.rand(3, 24))
+    module.load_state_dict(other.state_dict())
+    for grid in (GRID, (5, 5)):
+        for a, b in zip(module.token_maps(grid), other.token_maps(grid)):
+            assert torch.equal(a.place, b.place)
+
+
+@given(st.lists(grids, min_size=3, max_size=8), st.integers(0, 10**6))
+@settings(max_examples=15)
+def test_maps_do_not_depend_on_what_was_asked_before(order, seed) -> None:
+    """Whether they are remembered or new."""
+
+    def fresh() -> StaticCompressor:
+        torch.manual_seed(seed)
+        module = compressor(scores=False)
+        module.set_scores(torch.rand(3, 24) + 0.01)
+        with torch.no_grad():
+            module.restore_weight += 0.1 * torch.rand(3, 24)
+        return module
+
+    worn = fresh()
+    for grid in order + order[::-1]:
+        for a, b in zip(worn.token_maps(grid), fresh().token_maps(grid)):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert torch.equal(a.place, b.place)
+                assert torch.equal(a.restore_weight, b.restore_weight)
+
+
+@pytest.mark.parametrize('grid', [(1, 1), (1, 9), (9, 1)])
+def test_smallest_grids(grid) -> None:
+    """One patch, one row, one column."""
+    module = compressor()
+    x = torch.randn(1, 1 + grid[0] * grid[1], 4)
+    out = run(module, x, grid)
+    assert out.shape == x.shape and torch.isfinite(out).all()
+    if grid == (1, 1):
+        torch.testing.assert_close(out, x.sin().sin().sin())
+
+
+@pytest.mark.parametrize('weights', ['score', 'mean'])
+def test_learned_weights_carry_over_to_other_grids(weights: str) -> None:
+    module, grid = compressor(weights=weights), (8, 12)
+    first = module.token_maps(grid)[1]
+    with torch.no_grad():
+        module.restore_weight += 0.25
+        module.merge_weight += 0.125
+    second = module.token_maps(grid)[1]
+    before, after = first.restore_weight, second.restore_weight
+    torch.testing.assert_close(after[1:], before[1:] + 0.25)
+    before, after = first.merge_weight, second.merge_weight
+    torch.testing.assert_close(after[1:], before[1:] + 0.125)
+    (second.restore_weight.sum() + after.sum()).backward()
+    assert module.restore_weight.grad[1].abs().sum() > 0
+    assert module.merge_weight.grad[1].abs().sum() > 0
+
+
+def test_a_structure_found_in_inference_mode_can_be_trained_with() -> None:
+    module, x = compressor(), torch.randn(1, 26, 4)
+    with torch.inference_mode():
+        run(module, x, (5, 5))
+    run(module, x, (5, 5)).sum().backward()
+    assert torch.isfinite(module.merge_weight.grad).all()
+
+
+def test_compiles_on_any_grid_it_has_seen() -> None:
+    module = compressor(prune_rate=0.2)
+    compiled = torch.compile(
+        lambda x, grid: run(module, x, grid), fullgraph=True, backend='eager'
+    )
+    for grid in (GRID, (5, 5)):
+        x = torch.randn(2, 1 + grid[0] * grid[1], 4)
+        expected = run(module, x, grid)
+        torch.testing.assert_close(compiled(x, grid), expected)
+
+
+# ------------------------------------------------------- parameters and state
+
+
+def test_weights_can_be_frozen() -> None:
+    module = compressor(trainable=False)
+    assert list(module.parameters())
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_pruned_tokens_get_no_gradient() -> None:
+    module = compressor(prune_rate=0.3)
+    pruned = module.group == -1
+    assert pruned.any()
+    run(module, torch.randn(2, 25, 4)).square().sum().backward()
+    assert (module.merge_weight.grad[pruned] == 0).all()
+    assert (module.restore_weight.grad[pruned] == 0).all()
+    assert (module.merge_weight.grad[~pruned] != 0).any()
+
+
+@pytest.mark.parametrize('matrices', ['sparse', 'dense'])
+def test_state_dict_round_trip(matrices: str) -> None:
+    options = dict(
+        matrices=matrices,
+        num_groups=[12, 10, 8] if matrices == 'dense' else None,
+        prune_rate=0.1,
+    )
+    module = compressor(**options)
+    other = compressor(scores=False, **options)
+    shapes = {k: v.shape for k, v in other.state_dict().items()}
+    other.load_state_dict(module.state_dict())
+    assert {k: v.shape for k, v in other.state_dict().items()} == shapes
+    assert kept(other) == kept(module) and other.compressed
+    x = torch.randn(2, 25, 4)
+    assert torch.equal(run(other, x), run(module, x))
+    assert kept(copy.deepcopy(module)) == kept(module)
+
+
+@pytest.mark.parametrize('restore', ['replace', 'residual'])
+def test_dense_form_starts_as_the_sparse_one(restore: str) -> None:
+    sparse = compressor(restore=restore, prune_rate=0.1)
+    dense = compressor(
+        scores=False,
+        restore=restore,
+        prune_rate=0.1,
+        matrices='dense',
+        num_groups=kept(sparse),
+    )
+    dense.set_scores(sparse.scores)
+    x = torch.randn(2, 25, 4)
+    torch.testing.assert_close(run(dense, x), run(sparse, x))
+
+
+def test_dense_form_on_another_grid() -> None:
+    """What is the same everywhere stays so: means of it are itself."""
+    dense = compressor(
+        matrices='dense', num_groups=[12, 10, 8], restore='residual'
+    )
+    x = torch.ones(1, 36, 2)
+    for token_map in dense.token_maps((7, 5)):
+        z = token_map.merge(x)
+        assert z.shape[1] == token_map.num_merged
+        torch.testing.assert_close(token_map.restore(x, z, z), x)
+        assert torch.isfinite(token_map.restore(x, z, 2 * z)).all()
+
+
+# --------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(keep_rate=0), 'keep_rate=0 is not in'),
+        (dict(keep_rate=0.9, prune_rate=0.2), 'is above 1'),
+        (dict(layers=[3]), 'must name at least one of the layers 0..2'),
+        (dict(layers=[]), 'must name at least one'),
+        (dict(decay=0.5), 'decay=0.5 leaves layer 2'),
+        (dict(threshold='x'), "threshold='x' is unknown"),
+        (dict(restore='x'), "restore='x' is unknown"),
+        (dict(weights='x'), "weights='x' is unknown"),
+        (dict(matrices='x'), "matrices='x' is unknown"),
+        (dict(matrices='dense'), 'needs num_groups'),
+        (dict(num_groups=[1, 2]), 'must hold 3 counts'),
+        (dict(num_groups=[1, 2, 25]), 'must hold 3 counts'),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compressor(scores=False, **options)
+
+
+def test_wrong_number_of_tokens() -> None:
+    with pytest.raises(ValueError, match='got 24 tokens, expected 25'):
+        run(compressor(), torch.randn(1, 24, 4))

@@ -1,0 +1,77 @@
+"""What a few images say about how to merge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import batch, build
+
+from pm_seg.engine import calibration
+from pm_seg.engine.calibration import (
+    SEARCH,
+    calibration_inputs,
+    choose_settings,
+    fit_importance,
+)
+from pm_seg.engine.scoring import uncompressed
+from pm_seg.models.distillation import soft_target_loss
+
+BATCHES = [batch(0, 2), batch(2, 2)]
+
+
+def prepared(**options):
+    model = build(**options).eval()
+    for parameter in model.parameters():  # tokens differ, as trained ones do
+        if parameter.dim() > 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    if model.backbone.compressor.calibrates:
+        fit_importance(model, BATCHES)
+    return model, calibration_inputs(model, BATCHES)
+
+
+@torch.no_grad()
+def loss(model, inputs: list[torch.Tensor]) -> float:
+    total = 0.0
+    for images in inputs:
+        with uncompressed(model):
+            dense = model(images, mode='tensor')
+        found = model(images, mode='tensor')
+        total += soft_target_loss(found, dense, 1.0).item()
+    return total
+
+
+def test_the_best_settings_are_kept_at_the_same_cost() -> None:
+    model, inputs = prepared()
+    compressor = model.backbone.compressor
+    before, seen = compressor.schedule.power, []
+    chosen = choose_settings(model, inputs, lambda *steps: seen.append(steps))
+    total = sum(map(len, SEARCH.values())) - 1
+    assert seen == [(i, total) for i in range(total + 1)]
+    assert compressor.schedule.power == before * chosen['power']
+    assert float(compressor.strength) == pytest.approx(chosen['strength'])
+    assert compressor.keep == 0.5 and compressor.share <= 0.5
+    # No power is better with the strength that was chosen.
+    best = loss(model, inputs)
+    for power in SEARCH['power']:
+        tried = {**chosen, 'power': power}
+        if calibration._apply([model.backbone], [before], tried):
+            assert loss(model, inputs) >= best
+
+
+def test_powers_out_of_reach_are_passed_over(monkeypatch) -> None:
+    """At the lowest budget all tokens go as early as they may."""
+    search = {'strength': (0.0,), 'power': (1.0, 0.01, 100.0)}
+    monkeypatch.setattr(calibration, 'SEARCH', search)
+    model, inputs = prepared(keep=0.47)
+    chosen = choose_settings(model, inputs)
+    assert chosen['power'] in (1.0, 0.01)
+    assert model.backbone.compressor.share <= 0.47
+
+
+def test_the_kinds_of_peers_are_left_alone() -> None:
+    model, inputs = prepared(type='tome', keep=0.7)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert not model.backbone.compressor.has_importance
+    choose_settings(model, inputs)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key

@@ -1,6 +1,0 @@
-"""See ``python tools/growth.py --help``."""
-
-from pm_seg.cli.growth import main
-
-if __name__ == '__main__':
-    main()
