@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import sys
 from pathlib import Path
 
@@ -126,8 +127,10 @@ def export(model: nn.Module, images: Tensor, path: Path) -> None:
         images (Tensor): (B, 3, H, W).
         path (Path): File to write.
     """
+    # Its optimiser names every operator that it leaves as it is.
+    logging.getLogger('onnxscript').setLevel(logging.ERROR)
     with whole_files(path) as (partial,), torch.no_grad():
-        model(images)  # derives token maps of this size
+        model(images)  # the paper's form derives the maps of this size
         torch.onnx.export(
             model,
             (images,),

@@ -35,9 +35,6 @@ from .similarity import match, sketch, sketch_dims
 from .windows import WINDOW, match_windows
 
 COMPARES = ('sketch', 'keys', 'tokens')
-#: Share of what a group of several gained that its members get. Measured:
-#: with 1 the error is a tenth larger, at all budgets.
-GAIN = 0.8
 
 
 class ProgressiveCompressor(Compressor):
@@ -52,7 +49,7 @@ class ProgressiveCompressor(Compressor):
             or 'local_global' (ALGM; its first merge is of 2x2 windows).
             Defaults to 'power'.
         power (float): Of the schedule 'power'. Defaults to 0.6, for dense
-            prediction; classifiers do better with 1.5.
+            prediction; classifiers do better with 1.
         first (int): First layer that works on fewer tokens, of the schedule
             'power'. Defaults to 1.
         compare (str): What is compared: a count 'sketch' of the tokens
@@ -112,8 +109,8 @@ class ProgressiveCompressor(Compressor):
         # Millionths of the patch tokens that each layer works on: integers
         # stay what they are when a model is cast to half precision.
         self.register_buffer('shares', torch.full((depth,), WHOLE))
-        self.gain = nn.Parameter(torch.full((depth,), GAIN))
-        self.gain.requires_grad_(restore == 'residual' and keep < 1)
+        # Factor of what a group of several gained, for its members: trained.
+        self.gain = nn.Parameter(torch.ones(depth))
         # How important a token is that looks like this, see importance.py,
         # and how much that counts.
         self.register_buffer('importance', torch.zeros(depth, dims))
@@ -147,6 +144,8 @@ class ProgressiveCompressor(Compressor):
         self.shares.copy_(torch.tensor(shares, device=self.shares.device))
         self._shares = [share / WHOLE for share in shares]
         self.power.fill_(schedule.power)
+        trains = self.restore == 'residual' and keep < 1 and self._whole
+        self.gain.requires_grad_(trains)
 
     @property
     def compressed(self) -> bool:

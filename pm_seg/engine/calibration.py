@@ -22,10 +22,12 @@ from .scoring import (
 )
 
 #: What is tried, one after the other, each time the best is kept. Importance
-#: helps where half of the operations are left and harms at a third.
+#: helps where half of the operations are left and harms at a third; a gain
+#: below 1 helps some models and harms others.
 SEARCH = {
     'strength': (0.0, 0.05, 0.1, 0.2),
     'power': (1.0, 0.6, 0.8, 1.25, 1.6),  # times the schedule's
+    'gain': (1.0, 0.9, 0.8),
 }
 
 Steps = Callable[[int, int], None]
@@ -149,6 +151,7 @@ def _apply(
     for module, power in zip(modules, powers):
         compressor = module.compressor
         compressor.set_importance(settings['strength'])
+        compressor.gain.data.fill_(settings['gain'])
         try:
             compressor.set_keep(compressor.keep, power * settings['power'])
         except ValueError:

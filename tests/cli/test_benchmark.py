@@ -1,4 +1,4 @@
-"""The benchmark script."""
+"""The benchmark: equal cost, any size and checkpoint, tables and pictures."""
 
 from __future__ import annotations
 
@@ -8,18 +8,45 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from helpers import needs_exporter
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from rich.console import Console
 
-from pm_seg.cli import benchmark
+from pm_seg.cli import bench_measure, benchmark
+from pm_seg.cli.bench_models import METHODS, build_models, fit_positions
+from pm_seg.cli.bench_report import table
+from pm_seg.cli.kernels import count_kernels
+from pm_seg.core import EncoderShape, LayerCost
 
-CONFIG = 'configs/demo/segmenter_pm_scenes.py'
+MODEL = """
+custom_imports = dict(imports=['pm_seg'])
+default_scope = 'mmseg'
+model = dict(
+    type='DistilledEncoderDecoder', teacher=dict(alpha=1.0),
+    backbone=dict(
+        type='PMVisionTransformer', img_size=(64, 96), embed_dims=48,
+        num_layers=6, num_heads=3, compression={compression}),
+    decode_head=dict(
+        type='PMSegmenterMaskTransformerHead', in_channels=48, channels=48,
+        num_classes=5, num_layers=2, num_heads=3, embed_dims=48))
+"""
 
 
-def run(tmp_path: Path, *options: str) -> list[dict]:
-    out, plot = tmp_path / 'a' / 'speed.json', tmp_path / 'b' / 'speed.png'
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / 'tiny.py'
+    path.write_text(MODEL.format(compression=dict(keep=0.6, first=0)))
+    return path
+
+
+def run(config: Path, *options: str) -> list[dict]:
+    folder = config.parent
+    out, plot = folder / 'a' / 'speed.json', folder / 'b' / 'speed.png'
     rows = benchmark.main(
-        [CONFIG, '--rounds', '3', '--out', str(out), '--plot', str(plot),
-         *options]
+        [str(config), '--rounds', '3', '--device', 'cpu', '--out', str(out),
+         '--plot', str(plot), *options]
     )  # fmt: skip
     assert json.loads(out.read_text()) == rows
     assert cv2.imread(str(plot)) is not None
@@ -27,28 +54,30 @@ def run(tmp_path: Path, *options: str) -> list[dict]:
 
 
 @needs_exporter
-def test_all_methods_at_the_same_share(tmp_path: Path, capsys) -> None:
-    rows = run(tmp_path, '--modes', 'eager', 'onnx', '--batch-size', '2')
-    assert len(rows) == 6 * 2
+def test_all_methods_are_compared_at_the_cost_of_the_config(
+    config: Path, capsys
+) -> None:
+    rows = run(config, '--modes', 'eager', 'onnx', '--batch-size', '2')
+    assert [r['method'] for r in rows] == ['dense', *METHODS] * 2
     for row in rows:
         dense = row['method'] == 'dense'
-        share = row['gmacs'] / rows[0]['gmacs']
-        assert share == 1 if dense else 0.4 < share <= 0.5
+        assert row['share'] == 1 if dense else 0.5 < row['share'] <= 0.6
         assert row['speedup'] == 1 if dense else row['speedup'] > 0
+        share = row['gmacs'] / rows[0]['gmacs']
         assert row['of_ideal'] == pytest.approx(row['speedup'] * share)
         rate = row['batch_size'] / row['latency_ms'] * 1e3
         assert row['images_per_s'] == pytest.approx(rate)
     text = capsys.readouterr().out
-    assert 'inference, onnx, fp32, batch 2 of 256x256' in text
+    assert 'inference, onnx on the CPU, fp32, batch 2 of 64x96' in text
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_training_steps_and_real_images(tmp_path: Path) -> None:
-    folder = tmp_path / 'images'
+def test_training_steps_are_timed_on_the_images_given(config: Path) -> None:
+    folder = config.parent / 'images'
     folder.mkdir()
     cv2.imwrite(str(folder / 'a.png'), np.zeros((40, 50, 3), np.uint8))
     rows = run(
-        tmp_path, '--train', '--methods', 'ours', '--dtype', 'bf16',
+        config, '--train', '--methods', 'ours', '--dtype', 'bf16',
         '--images', str(folder), '--size', '64', '96',
         '--batch-size', '1', '3',
     )  # fmt: skip
@@ -57,21 +86,201 @@ def test_training_steps_and_real_images(tmp_path: Path) -> None:
     assert rows[0]['train'] and rows[0]['size'] == [64, 96]
 
 
+def models(config: Path, size: tuple[int, int], **options):
+    init_default_scope('mmseg')
+    return build_models(Config.fromfile(config), size, **options)
+
+
+@pytest.mark.parametrize('kind', ['pm', 'paper'])
+def test_any_size_works_with_a_compressed_checkpoint(
+    config: Path, kind: str
+) -> None:
+    """All have its weights; it says what the layers of all cost."""
+    options = dict(keep=0.6) if kind == 'pm' else dict(type='paper')
+    config.write_text(MODEL.format(compression=options))
+    source, _ = models(config, (64, 96), keep=0.55)
+    name = 'ours' if kind == 'pm' else 'paper'
+    state = source[name].state_dict()
+    found, missing = models(config, (97, 130), state=state)
+    assert not missing and set(found) == {'dense', *METHODS}
+    images = torch.randn(1, 3, 97, 130)
+    for key, model in found.items():
+        assert model(images, mode='tensor').shape == (1, 5, 7, 9)
+        weight = model.backbone.layers[3].attn.attn.in_proj_weight
+        same = state['backbone.layers.3.attn.attn.in_proj_weight']
+        assert torch.equal(weight, same)
+        assert model.backbone.pos_embed.shape == (1, 1 + 7 * 9, 48)
+        if key != 'dense':
+            assert 0.49 < model.backbone.compressor.share <= 0.56
+
+
+def test_a_dense_checkpoint_runs_at_the_cost_that_is_asked_for(
+    config: Path,
+) -> None:
+    source, _ = models(config, (64, 96), methods=[])
+    state = source['dense'].state_dict()
+    found, _ = models(config, (64, 96), keep=0.7, state=state)
+    for name in METHODS:
+        assert 0.6 < found[name].backbone.compressor.share <= 0.7
+
+
+def test_positions_are_resized_like_images() -> None:
+    positions = torch.arange(24.0).view(1, 24, 1).repeat(1, 1, 2)
+    positions = torch.cat([torch.full((1, 1, 2), -1.0), positions], 1)
+    larger = fit_positions(positions, 1 + 8 * 12, (4, 6), (8, 12))
+    assert larger.shape == (1, 97, 2) and (larger[:, 0] == -1).all()
+    means = (
+        larger[0, 1:, 0].view(8, 12).unflatten(0, (4, 2)).unflatten(2, (6, 2))
+    )
+    torch.testing.assert_close(
+        means.mean((1, 3)), positions[0, 1:, 0].view(4, 6), rtol=0, atol=0.7
+    )
+    same = fit_positions(positions, 25, (4, 6), (4, 6))
+    assert same is positions
+
+
+def test_a_budget_that_a_method_cannot_reach_leaves_it_out(
+    config: Path, capsys
+) -> None:
+    rows = run(config, '--keep', '0.25', '--methods', 'ours', 'ToMe-style')
+    assert [row['method'] for row in rows] == ['dense', 'ours']
+    text = ' '.join(capsys.readouterr().out.split())
+    assert 'ToMe-style is left out: keep=0.25 is out of reach' in text
+
+
+def row(**changes) -> dict:
+    return dict(
+        dict(
+            method='dense', mode='eager', dtype='fp32', train=False,
+            precision='fp32 (TF32)', batch_size=1, size=[64, 64], share=1.0,
+            gmacs=1.0, latency_ms=1.0, spread_ms=0.1, images_per_s=1000.0,
+            speedup=1.0, of_ideal=1.0, peak_gib=0.25,
+        ),
+        **changes,
+    )  # fmt: skip
+
+
+def test_tables_say_where_and_how_precisely_it_ran() -> None:
+    console = Console(width=80, record=True)
+    console.print(table([row(), row(method='ToMe-style', gmacs=123.45)]))
+    console.print(table([row(mode='onnx', precision='fp32', peak_gib=None)]))
+    text = console.export_text()
+    assert 'inference, eager, fp32 (TF32), batch 1 of 64x64' in text
+    assert 'onnx on the CPU, fp32,' in text
+    assert '0.25' in text and '123.45' in text
+
+
+class FakeCuda:
+    """Memory of a GPU on which every model holds a GiB and needs another."""
+
+    def __init__(self) -> None:
+        self.held = self.peak = 0
+
+    def memory_allocated(self, device) -> int:
+        return self.held
+
+    def max_memory_allocated(self, device) -> int:
+        return self.peak
+
+    def reset_peak_memory_stats(self, device) -> None:
+        self.peak = self.held
+
+    def synchronize(self, device=None) -> None:
+        pass
+
+    empty_cache = synchronize
+
+
+def test_memory_of_a_row_is_that_of_its_model_alone(monkeypatch) -> None:
+    fake = FakeCuda()
+    for name in (
+        'memory_allocated', 'max_memory_allocated', 'synchronize',
+        'reset_peak_memory_stats', 'empty_cache',
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+
+    def make():
+        fake.held += 2**30
+
+        def call() -> None:
+            fake.peak = max(fake.peak, fake.held + 2**30)
+
+        return call
+
+    device = torch.device('cuda:1')
+    for mode in ('eager', 'compiled', 'cudagraph'):
+        assert bench_measure._warmed_up(make, mode, device)[1] == 2.0
+
+
+def test_a_second_gpu_is_called_by_its_name(monkeypatch) -> None:
+    name = {torch.device('cuda:1'): 'Second'}
+    monkeypatch.setattr(torch.cuda, 'get_device_name', name.get)
+    assert bench_measure.device_name('cuda:1') == 'Second'
+    assert bench_measure.device_name('cpu').startswith('CPU, ')
+
+
+def test_kernels_are_counted_part_by_part(config: Path, capsys) -> None:
+    rows = benchmark.main(
+        [str(config), '--kernels', '--device', 'cpu', '--keep', '0.6']
+    )
+    parts = {row['part']: row for row in rows}
+    assert list(parts) == [
+        'find groups', 'merge', 'sizes, for attention', 'restore',
+    ]  # fmt: skip
+    assert parts['restore']['names'] == dict(
+        sub=1, mul=1, index_select=1, add=1
+    )
+    for part in rows:
+        assert part['eager'] == sum(part['names'].values()) > 0
+    text = capsys.readouterr().out
+    assert 'together' in text and 'linalg_vector_norm' in text
+
+
+def test_kernels_that_cannot_be_compiled_are_not_counted(monkeypatch) -> None:
+    monkeypatch.setattr(torch, 'compile', None)
+    shape = EncoderShape(4, (8, 8), 1, 64, 32, LayerCost(16384, 32768, 128))
+    assert {row['compiled'] for row in count_kernels(shape)} == {None}
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
         (['--images', '/nonexistent'], 'no images in this folder'),
         (['--cfg-options', 'model.backbone.compression=None'],
          'the config has no compression'),
+        (['--keep', '1.5'], 'is not in'),
+        (['--keep', '0.01'], 'out of reach'),
     ],
 )  # fmt: skip
-def test_errors(options: list[str], message: str) -> None:
+def test_mistakes_are_explained(
+    config: Path, options: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit, match=message):
-        benchmark.main([CONFIG, *options])
+        benchmark.main([str(config), '--device', 'cpu', *options])
 
 
-def test_wrong_usage(capsys) -> None:
+def test_a_checkpoint_of_another_model_is_one_message(config: Path) -> None:
+    found, _ = models(config, (64, 96), methods=[])
+    state = found['dense'].state_dict()
+    key = 'backbone.layers.0.ln1.weight'
+    state[key] = state[key][:-1]
+    torch.save(dict(state_dict=state), config.parent / 'wrong.pth')
+    with pytest.raises(SystemExit, match=r'ln1.weight: shape \(47,\)'):
+        benchmark.main([str(config), str(config.parent / 'wrong.pth')])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--modes', 'onnx', '--train'], 'onnx times inference'),
+        (['--modes', 'cudagraph'], 'needs a CUDA device'),
+        (['--size', '0', '64'], '--size must be'),
+    ],
+)
+def test_wrong_usage_is_refused(
+    config: Path, options: list[str], message: str, capsys
+) -> None:
     with pytest.raises(SystemExit) as error:
-        benchmark.main([CONFIG, '--modes', 'onnx', '--train'])
+        benchmark.main([str(config), '--device', 'cpu', *options])
     assert error.value.code == 2
-    assert 'onnx times inference' in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -17,14 +17,15 @@ from pm_seg.cli.export_onnx import (
     compare,
     export,
 )
-from pm_seg.engine import Measuring, compress
+from pm_seg.engine.compression import Measuring, compress
 
 CASES = {
     'dense': None,
-    'ours': {},
-    'paper': dict(type='paper', keep_rate=0.6, prune_rate=0.2),
-    'tome': dict(type='tome'),
-    'algm': dict(type='algm'),
+    'ours': dict(),
+    'replace': dict(restore='replace', size_aware=False),
+    'paper': dict(type='paper', prune_rate=0.1),
+    'tome': dict(type='tome', keep=0.6),
+    'algm': dict(type='algm', keep=0.6),
 }
 
 
@@ -34,39 +35,40 @@ def predictor(case: str, resize: bool = True) -> Predictor:
         model = build(compression=False)
     else:
         model = build(**options)
-        compress(
-            model,
-            [batch(0, 2), batch(2, 2)],
-            measuring=Measuring(score_batches=2, calib_batches=1),
-        )
+        measuring = Measuring(score_batches=2, calib_batches=2)
+        compress(model, [batch(0, 2), batch(2, 2)], measuring=measuring)
+    if case == 'ours':  # the sum with importance too
+        model.backbone.compressor.set_importance(0.2)
     return Predictor(model, resize).eval()
 
 
 @needs_exporter
 @pytest.mark.parametrize('case', list(CASES))
-def test_onnxruntime_agrees(case: str, tmp_path: Path) -> None:
+def test_onnxruntime_agrees_without_scatter_operators(
+    case: str, tmp_path: Path
+) -> None:
     model = predictor(case)
     path = tmp_path / 'new' / 'model.onnx'
     images = torch.randn(2, 3, 64, 64)
     export(model, images, path)
     assert compare(model, images, path) < 1e-4
     names = {node.op_type for node in onnx.load(path).graph.node}
-    if case != 'algm':  # its windows are chosen by a scatter
+    if case != 'algm':  # windows are scattered
         assert not [name for name in names if 'Scatter' in name]
     assert [p.name for p in path.parent.iterdir()] == ['model.onnx']
 
 
 @needs_exporter
 @pytest.mark.parametrize('case', ['ours', 'paper'])
-def test_another_size(case: str, tmp_path: Path) -> None:
+def test_another_size_is_exported(case: str, tmp_path: Path) -> None:
     model = predictor(case, resize=False)
     images = torch.randn(1, 3, 97, 130)
     export(model, images, tmp_path / 'model.onnx')
     assert compare(model, images, tmp_path / 'model.onnx') < 1e-4
 
 
-@pytest.mark.parametrize('case', ['ours', 'paper'])
-def test_torch_export_round_trip(case: str) -> None:
+@pytest.mark.parametrize('case', ['ours', 'paper', 'tome'])
+def test_an_exported_program_survives_saving(case: str) -> None:
     model = predictor(case)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -87,6 +89,33 @@ def test_nothing_is_left_of_a_failed_export(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match='broken'):
         export(Broken(), torch.zeros(1, 3, 8, 8), tmp_path / 'x.onnx')
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_exporter
+def test_the_tool_writes_a_compressed_model_and_says_how_far_it_is_off(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / 'tiny.py'
+    config.write_text(
+        "custom_imports = dict(imports=['pm_seg'])\n"
+        "default_scope = 'mmseg'\n"
+        "model = dict(type='EncoderDecoder',\n"
+        "    backbone=dict(type='PMVisionTransformer', img_size=64,\n"
+        '        embed_dims=24, num_layers=3, num_heads=3,\n'
+        '        compression=dict(keep=0.5)),\n'
+        "    decode_head=dict(type='PMSegmenterMaskTransformerHead',\n"
+        '        in_channels=24, channels=24, num_classes=5, num_layers=2,\n'
+        '        num_heads=3, embed_dims=24))\n'
+    )
+    torch.save(build().state_dict(), tmp_path / 'pm.pth')
+    out = run_tool(
+        'tools/export_onnx.py', config, tmp_path / 'pm.pth', '--out',
+        tmp_path / 'pm.onnx', '--logits', 'patches', '--size', '80', '64',
+    )  # fmt: skip
+    assert '(1, 3, 80, 64) -> logits' in out.stdout
+    assert 'onnxruntime differs from PyTorch by at most' in out.stdout
+    assert 'constant folding' not in out.stdout + out.stderr
+    assert (tmp_path / 'pm.onnx').stat().st_size > 100_000
 
 
 def test_help() -> None:

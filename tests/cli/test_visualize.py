@@ -18,15 +18,13 @@ from test_visualization import check_page
 
 from pm_seg.cli import compress as compress_tool
 from pm_seg.cli import visualize
-from pm_seg.engine import compress
-from pm_seg.engine.scoring import compressible_modules
+from pm_seg.engine import Measuring, compress
 from pm_seg.models.distillation import strip_compression
 
 MERGING = """
 _base_ = './pm.py'
 model = dict(
-    backbone=dict(compression=dict(_delete_=True, type='{kind}', keep=0.6)),
-    decode_head=dict(compression=None))
+    backbone=dict(compression=dict(_delete_=True, type='{kind}', {options})))
 """
 
 
@@ -40,7 +38,6 @@ def work(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
     """A user's folder: config, dense and compressed checkpoint, images."""
     folder = tmp_path_factory.mktemp('work')
     cfg = small_config(scenes, folder / 'run')
-    cfg.model.backbone.compression.layers = [0, 1]
     cfg.dump(folder / 'pm.py')
     init_default_scope('mmseg')
     torch.manual_seed(0)
@@ -49,10 +46,15 @@ def work(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
     save(dense, folder / 'dense.pth')
     model = MODELS.build(cfg.model)
     model.load_state_dict(dense.state_dict(), strict=False)
-    compress(model, cfg.train_dataloader, 1)
+    compress(model, cfg.train_dataloader, measuring=Measuring(calib_batches=1))
     save(model, folder / 'pm.pth')
-    for kind in ('tome', 'algm'):
-        (folder / f'{kind}.py').write_text(MERGING.format(kind=kind))
+    for kind, options in (
+        ('tome', 'keep=0.8'),
+        ('algm', 'keep=0.8'),
+        ('paper', 'keep_rate=0.5'),
+    ):
+        text = MERGING.format(kind=kind, options=options)
+        (folder / f'{kind}.py').write_text(text)
     (folder / 'images').symlink_to(scenes / 'images/validation')
     return folder
 
@@ -74,7 +76,7 @@ def names(work: Path) -> list[str]:
 
 def test_a_folder_of_images(work: Path, capsys) -> None:
     pictures = draw(work, str(work / 'pm.pth'), str(work / 'images'))
-    assert set(pictures) == {'tokens.png', 'scores.png'} | {
+    assert set(pictures) == {'tokens.png'} | {
         f'{name}_{kind}.png'
         for name in names(work)
         for kind in ('groups', 'prediction')
@@ -116,19 +118,29 @@ def test_merging_needs_no_compressed_checkpoint(work: Path, kind: str):
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
+    ('config', 'arguments', 'message'),
     [
-        (('dense.pth', 'images'), 'has no token groups yet'),
-        (('pm.pth', 'missing.jpg'), 'Image not found: .*missing.jpg'),
-        (('no.pth', 'images'), 'Checkpoint not found'),
-        (('pm.pth', 'run'), 'No images in the folder'),
+        ('paper', ('dense.pth', 'images'), 'has no token groups yet'),
+        ('pm', ('pm.pth', 'missing.jpg'), 'Image not found: .*missing.jpg'),
+        ('pm', ('no.pth', 'images'), 'Checkpoint not found'),
+        ('pm', ('pm.pth', 'run'), 'No images in the folder'),
     ],
 )
-def test_mistakes_are_explained(work: Path, arguments, message) -> None:
+def test_mistakes_are_explained(work, config, arguments, message) -> None:
     (work / 'run').mkdir(exist_ok=True)
     paths = [str(work / name) for name in arguments]
     with pytest.raises(SystemExit, match=message):
-        draw(work, *paths)
+        draw(work, *paths, config=f'{config}.py')
+
+
+def test_scores_of_the_paper_are_drawn(work: Path) -> None:
+    config = str(work / 'paper.py')
+    out = str(work / 'paper.pth')
+    compress_tool.main(
+        [config, str(work / 'dense.pth'), '--out', out, '--score-batches', '1']
+    )
+    image = str(next((work / 'images').iterdir()))
+    assert 'scores.png' in draw(work, out, image, config='paper.py')
 
 
 def test_a_dense_config_is_refused(work: Path) -> None:
@@ -136,7 +148,6 @@ def test_a_dense_config_is_refused(work: Path) -> None:
         draw(
             work, str(work / 'dense.pth'), str(work / 'images'),
             '--cfg-options', 'model.backbone.compression=None',
-            'model.decode_head.compression=None',
         )  # fmt: skip
 
 
@@ -146,7 +157,7 @@ def test_report_of_a_compression(work: Path, capsys) -> None:
         [
             str(work / 'pm.py'), str(work / 'dense.pth'), '--out',
             str(work / 'again.pth'), '--evaluate', '--report', str(page),
-            '--keep', '0.4',
+            '--keep', '0.5',
         ]
     )  # fmt: skip
     shown = capsys.readouterr().out
@@ -155,13 +166,13 @@ def test_report_of_a_compression(work: Path, capsys) -> None:
     checker = check_page(text)
     for part in (
         'What was compressed', 'Structure and costs', 'Speed', 'Accuracy',
-        'Pictures', 'Scores', 'keep=0.4', 'dense.pth', 'pm_seg ', 'torch ',
+        'Pictures', 'keep=0.5', 'dense.pth', 'pm_seg ', 'torch ',
         'GMACs', 'mIoU', names(work)[0], 'now wrong', 'backbone 1: ',
-        'tools/compress.py', 'loss at 50 %', '2 training batches',
+        'tools/compress.py', '2 batches',
     ):  # fmt: skip
         assert part in text, part
-    # Chart; 5 + 4 pictures of each of two images; scores of 4 layers.
-    assert len(checker.sources) == 1 + 2 * 9 + 4
+    # Chart; 5 pictures and 2 layers of each of two images.
+    assert len(checker.sources) == 1 + 2 * 7
 
 
 def test_report_without_data(work: Path, capsys) -> None:
@@ -170,7 +181,8 @@ def test_report_without_data(work: Path, capsys) -> None:
     compress_tool.main(
         [
             str(work / 'tome.py'), str(work / 'dense.pth'), '--out',
-            str(work / 'tome.pth'), '--report', str(page), '--cfg-options',
+            str(work / 'tome.pth'), '--calib-batches', '0', '--report',
+            str(page), '--cfg-options',
             'val_dataloader.dataset.data_root=nowhere',
         ]
     )  # fmt: skip
@@ -191,8 +203,7 @@ model = dict(
         type='PMDistilledVisionTransformer', img_size=64,
         arch=dict(embed_dims=24, num_layers=2, num_heads=3,
                   feedforward_channels=48),
-        compression=dict(keep=0.5, builder='matching', budget='layer',
-                         detail=0)),
+        compression=dict(keep=0.7, first=1)),
     head=dict(type='DeiTClsHead', num_classes=10, in_channels=24))
 test_dataloader = dict(
     dataset=dict(
@@ -213,8 +224,6 @@ def test_classifiers(tmp_path: Path, capsys) -> None:
     model = MMENGINE_MODELS.build(cfg.model)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    for module in compressible_modules(model).values():
-        module.compressor.build()
     save(model, tmp_path / 'pm.pth')
     image = np.random.default_rng(0).integers(0, 255, (90, 70, 3), np.uint8)
     cv2.imwrite(str(tmp_path / 'bird.png'), image)

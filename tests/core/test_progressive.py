@@ -9,8 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy import KINDS, make, shape_of
 
-from pm_seg.core import GroupRecorder, ProgressiveCompressor, run_dense
-from pm_seg.core.progressive import COMPARES, GAIN
+from pm_seg.core import (
+    GroupRecorder,
+    ProgressiveCompressor,
+    match,
+    run_dense,
+)
+from pm_seg.core.progressive import COMPARES
 
 GRID = (4, 6)
 
@@ -107,6 +112,7 @@ def test_a_token_that_stays_alone_loses_nothing_of_what_it_gained() -> None:
     """The gain is for groups of several."""
     shape = shape_of()
     compressor = ProgressiveCompressor(shape, keep=0.8)
+    compressor.gain.fill_(0.8)
     layers = [Linear(24) for _ in range(4)]
     x = torch.randn(2, 25, 24).double()
     out = compressor.run(layers, x, GRID)
@@ -117,7 +123,6 @@ def test_a_token_that_stays_alone_loses_nothing_of_what_it_gained() -> None:
     patches, wanted = out.last[:, 1:], expected[:, 1:]
     torch.testing.assert_close(patches[alone], wanted[alone])
     assert not torch.isclose(patches[~alone], wanted[~alone]).any(1).all()
-    assert (compressor.gain == GAIN).all()
 
 
 # ---------------------------------------------------------------- what merges
@@ -134,6 +139,19 @@ def test_groups_only_ever_join(kind: str) -> None:
             pairs = torch.stack(rows, 1).unique(dim=0)
             assert len(pairs) == len(rows[0].unique())
     assert not torch.equal(groups[-1][0], groups[-1][1])
+
+
+@torch.no_grad()
+def test_peers_compare_what_came_before_attention() -> None:
+    """Keys are those that attention used, as in ToMe."""
+    layers, compressor = make(KINDS['tome'])
+    x = torch.randn(1, 25, 24)
+    found = recorded(compressor, layers, x)[0]
+    count = 24 - compressor.tokens(GRID)[0]
+    expected = match(layers[0].mean_keys(x[:, 1:]), count).place
+    assert torch.equal(found, expected)
+    attended = layers[0].mean_keys(layers[0].attend(x)[:, 1:])
+    assert not torch.equal(match(attended, count).place, expected)
 
 
 def test_a_layer_may_merge_more_than_half() -> None:
@@ -228,6 +246,14 @@ def test_a_cast_keeps_the_schedule(dtype: torch.dtype) -> None:
 
 
 def test_gain_is_trained_where_it_is_used() -> None:
+    """Each merge has its own."""
+    layers, compressor = make(dict(keep=0.6, first=2))
+    x = torch.randn(2, 25, 24)
+    compressor.run(layers, x, GRID).last.sin().sum().backward()
+    counts = [24, *compressor.tokens(GRID)]
+    merges = [a > b for a, b in zip(counts, counts[1:])]
+    assert merges == [False, False, True, True]
+    assert (compressor.gain.grad != 0).tolist() == merges
     for options, trained in (
         (dict(keep=0.5), True),
         (dict(keep=1.0), False),

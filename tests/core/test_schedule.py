@@ -106,6 +106,19 @@ def test_what_is_said_is_what_runs(options: dict) -> None:
     assert dense == shape.dense_macs
 
 
+@torch.no_grad()
+def test_merging_and_restoring_are_in_the_budget() -> None:
+    """Exactly, but for the sizes, which have one channel."""
+    shape = shape_of(8, (10, 14), 2, 48, 3)
+    options = dict(keep=0.6, compare='tokens')
+    layers, compressor = make(options, shape)
+    x = torch.randn(1, 142, 48)
+    counted = count_macs(lambda: compressor.run(layers, x, shape.grid))
+    said = compressor.share * shape.dense_macs
+    own = sum(shape.cost(2 + load.kept) for load in compressor.loads())
+    assert said - own == pytest.approx(counted - own, rel=0.02)
+
+
 def test_the_power_says_where_tokens_go() -> None:
     early, late = (power_shares(0.5, 6, p, 1) for p in (0.5, 2.0))
     assert early[0] == late[0] == 1 and early[-1] == late[-1] == 0.5
@@ -114,6 +127,11 @@ def test_the_power_says_where_tokens_go() -> None:
     assert power_shares(0.4, 4, 1.0, 2) == pytest.approx([1, 1, 0.8, 0.6])
     for shares in SCHEDULES.values():
         assert shares(0.0, 4, 1.0, 1) == [1.0] * 4
+
+
+def test_what_merged_stays_merged() -> None:
+    schedule = build((4, 6), 4).schedule
+    assert schedule.tokens([1.0, 0.5, 0.75, 0.25], (4, 6)) == [24, 12, 12, 6]
 
 
 def test_no_layer_merges_more_than_half_between_its_halves() -> None:

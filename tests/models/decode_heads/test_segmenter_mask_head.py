@@ -147,3 +147,6 @@ def test_loading_fails_loudly() -> None:
     with pytest.raises(RuntimeError, match='cls_emb: missing') as error:
         head.load_state_dict(state, strict=False)
     assert 'conv_seg.weight: unexpected' in str(error.value)
+    state = dict(build().state_dict(), **{'compressor.scores': torch.ones(2)})
+    with pytest.raises(RuntimeError, match=r'by pm_seg 0\.1'):
+        head.load_state_dict(state, strict=False)
