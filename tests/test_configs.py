@@ -82,7 +82,9 @@ def build_and_run(name: str) -> None:
         for step in cfg.train_dataloader.dataset.pipeline
         if step.type == 'RandomCrop'
     )
-    assert tuple(crop) == tuple(size) == tuple(model.backbone.img_size)
+    assert tuple(crop) == tuple(size)
+    if name != 'demo/segmenter_scenes.py':  # trained on quarters of images
+        assert tuple(size) == tuple(model.backbone.img_size)
     if model.test_cfg.mode == 'slide':
         assert tuple(model.test_cfg.crop_size) == tuple(size)
 
@@ -125,6 +127,8 @@ def test_pm_configs_differ_from_their_dense_twin_in_compression(name) -> None:
     teacher = pm.pop('teacher')
     if 'demo' not in name:
         assert teacher == dict(alpha=1.0, tau=20.0), 'the paper'
+    else:  # trained on quarters of images, fine-tuned on whole ones
+        pm.data_preprocessor.size = dense.data_preprocessor.size
     assert pm == dense
 
 

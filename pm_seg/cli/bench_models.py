@@ -72,10 +72,13 @@ def build_models(
     native, grid = patch_grid(cfg), patch_grid(cfg, size)
     patch = to_2tuple(cfg.model.backbone.get('patch_size', 16))
     size = grid[0] * patch[0], grid[1] * patch[1]
+    if not MMLogger.check_instance_created('pm_seg'):
+        # No line for each weight, nor for each time a checkpoint is loaded.
+        MMLogger.get_instance('pm_seg', log_level='ERROR')
     torch.manual_seed(0)
     dense = MODELS.build(_model_config(cfg, size, None))
     if state is None:
-        _initialise(dense)
+        dense.init_weights()
         state = dense.state_dict()
     weights = {k: v for k, v in state.items() if '.compressor.' not in k}
     if _POSITIONS in weights:
@@ -156,12 +159,6 @@ def _model_config(
     if 'teacher' in model:
         model.teacher = None
     return model
-
-
-def _initialise(model: nn.Module) -> None:
-    """Random weights, without mmengine's line about each."""
-    MMLogger.get_instance('pm_seg', log_level='ERROR')
-    model.init_weights()
 
 
 def _reference(

@@ -74,7 +74,7 @@ def names(work: Path) -> list[str]:
     return sorted(path.stem for path in (work / 'images').iterdir())
 
 
-def test_a_folder_of_images(work: Path, capsys) -> None:
+def test_a_folder_of_images_is_drawn(work: Path, capsys) -> None:
     pictures = draw(work, str(work / 'pm.pth'), str(work / 'images'))
     assert set(pictures) == {'tokens.png'} | {
         f'{name}_{kind}.png'
@@ -85,7 +85,7 @@ def test_a_folder_of_images(work: Path, capsys) -> None:
     assert shown.count('of the pixels differ') == 3
 
 
-def test_dense_checkpoint_and_equal_names(
+def test_other_weights_and_images_of_one_name(
     work: Path, tmp_path: Path, capsys
 ) -> None:
     """Compared with other weights; two images called alike."""
@@ -109,8 +109,10 @@ def test_dense_checkpoint_and_equal_names(
     assert capsys.readouterr().out.splitlines()[:2] != own.splitlines()[:2]
 
 
-@pytest.mark.parametrize('kind', ['tome', 'algm'])
-def test_merging_needs_no_compressed_checkpoint(work: Path, kind: str):
+@pytest.mark.parametrize('kind', ['pm', 'tome', 'algm'])
+def test_groups_of_images_need_no_compressed_checkpoint(
+    work: Path, kind: str
+) -> None:
     image = str(next((work / 'images').iterdir()))
     pictures = draw(work, str(work / 'dense.pth'), image, config=f'{kind}.py')
     assert 'tokens.png' in pictures and 'scores.png' not in pictures
@@ -151,7 +153,7 @@ def test_a_dense_config_is_refused(work: Path) -> None:
         )  # fmt: skip
 
 
-def test_report_of_a_compression(work: Path, capsys) -> None:
+def test_the_report_of_a_compression(work: Path, capsys) -> None:
     page = work / 'reports/report.html'
     compress_tool.main(
         [
@@ -175,7 +177,7 @@ def test_report_of_a_compression(work: Path, capsys) -> None:
     assert len(checker.sources) == 1 + 2 * 7
 
 
-def test_report_without_data(work: Path, capsys) -> None:
+def test_a_report_without_data(work: Path, capsys) -> None:
     """Merging needs none; there are no pictures and no accuracy then."""
     page = work / 'tome.html'
     compress_tool.main(
@@ -215,7 +217,7 @@ test_dataloader = dict(
 """
 
 
-def test_classifiers(tmp_path: Path, capsys) -> None:
+def test_the_best_classes_of_a_classifier(tmp_path: Path, capsys) -> None:
     """The likeliest classes in place of maps, on a picture of any size."""
     pytest.importorskip('mmpretrain')
     (tmp_path / 'pm.py').write_text(CLASSIFIER)
