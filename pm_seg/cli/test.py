@@ -24,8 +24,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
         'test.py',
         'Evaluate a checkpoint: mIoU for segmentation, top-1 for '
-        'classification. A compressed checkpoint needs a PM config, a dense '
-        'one the config without _pm_.',
+        'classification. A compressed checkpoint needs the config it was '
+        'compressed with. A dense one runs compressed in a _pm_ config, and '
+        'dense in the config without; only pm-paper configs need a '
+        'compressed one.',
         (
             'mIoU, and the predictions drawn over the images',
             'configs/segmenter_vit-s_pm_ade20k.py pm.pth --show-dir pictures',

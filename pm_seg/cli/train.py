@@ -40,18 +40,18 @@ from .runs import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
         'train.py',
-        'Train a model. With a PM config this is the whole job: gather '
-        'scores on the dense checkpoint (load_from), compress it, fine-tune '
-        'it and evaluate it. A checkpoint that is compressed already is '
-        'fine-tuned as it is.',
+        'Train a model. With a PM config this is the whole job: compress the '
+        'dense checkpoint (load_from), measuring on a few training images, '
+        'fine-tune it and evaluate it. A checkpoint that is compressed '
+        'already is fine-tuned as it is.',
         (
             'compress and fine-tune on one GPU, in mixed precision',
             'configs/segmenter_vit-s_pm_ade20k.py --amp',
         ),
         (
-            'from your own dense checkpoint, keeping half of the tokens',
+            'from your own dense checkpoint, to a third of the operations',
             'configs/segmenter_vit-t_pm_camvid.py --cfg-options '
-            'load_from=dense.pth model.backbone.compression.keep=0.5',
+            'load_from=dense.pth model.backbone.compression.keep=0.33',
         ),
         (
             'go on after an interruption',

@@ -39,8 +39,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
         'visualize.py',
         'Draw what a compressed model does with images: OUT_DIR/tokens.png, '
-        'the tokens each layer keeps; scores.png, the scores its groups come '
-        'from, if they do; and for each image NAME_groups.png, the token '
+        'the tokens each layer works on; scores.png, the scores its groups '
+        'come from, if they do; and for each image NAME_groups.png, the token '
         'groups of every layer, each in its mean colour, pruned tokens dark; '
         'and NAME_prediction.png, the prediction of the dense and of the '
         'compressed model and where they differ, or for a classifier the '
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ),
     )
     parser.add_argument('config', help='a config with compression')
-    parser.add_argument('checkpoint', help='a compressed checkpoint')
+    parser.add_argument('checkpoint', help='compressed, or dense')
     parser.add_argument(
         'images', nargs='+', metavar='IMG', help='image file, or a folder'
     )
