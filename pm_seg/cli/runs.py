@@ -72,6 +72,16 @@ def join_cpu_processes(cfg: Config) -> None:
     )
 
 
+def leave_processes() -> None:
+    """Leave the group of processes, if there is one.
+
+    Threads of a group that is left to the end of the interpreter now and
+    then abort it, and the launcher then calls a finished run failed.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def is_first_process() -> bool:
     """Whether this is the first process of a distributed run, or alone."""
     names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
@@ -79,8 +89,6 @@ def is_first_process() -> bool:
 
 
 #: What watches over a run of the tools.
-
-
 _TRAIN_GUARDS = ('RunGuardHook', 'InterruptHook')
 
 

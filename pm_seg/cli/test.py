@@ -17,7 +17,12 @@ from .common import (
     quiet_warnings,
     wrong_usage,
 )
-from .runs import ToolRunner, guard_run, join_cpu_processes
+from .runs import (
+    ToolRunner,
+    guard_run,
+    join_cpu_processes,
+    leave_processes,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -134,7 +139,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         _save_predictions(cfg, args.out)
     guard_run(cfg, ('RunGuardHook',))
     join_cpu_processes(cfg)
-    return ToolRunner.from_cfg(cfg).test()
+    metrics = ToolRunner.from_cfg(cfg).test()
+    leave_processes()
+    return metrics
 
 
 if __name__ == '__main__':

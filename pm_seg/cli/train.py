@@ -34,6 +34,7 @@ from .runs import (
     guard_run,
     is_first_process,
     join_cpu_processes,
+    leave_processes,
 )
 
 
@@ -137,6 +138,7 @@ def _run(cfg: Config) -> None:
     try:
         runner = build_runner(cfg)
         runner.train()
+        leave_processes()
     except (Exception, KeyboardInterrupt) as error:
         for hook in runner.hooks if runner else ():
             if isinstance(hook, InterruptHook):

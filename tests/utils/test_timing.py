@@ -8,6 +8,6 @@ def test_functions_take_turns() -> None:
         rounds=3,
         warmup=2,
     )
-    assert calls == ['a', 'b'] * 5
+    assert calls == ['a', 'a', 'b', 'b'] * 5
     assert [len(times) for times in seconds.values()] == [3, 3]
     assert median([3.0, 1.0, 2.0]) == 2.0
