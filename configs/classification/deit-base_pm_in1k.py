@@ -1,6 +1,6 @@
 # DeiT-B, compressed and fine-tuned from mmpretrain's published checkpoint
-# (81.76 top-1). The paper's own form is compression=dict(keep=0.6, prune=0.1,
-# builder='row_window', restore='replace', budget='global', decay=0.025).
+# (81.76 top-1).
+# The paper's form is deit-base_pm-paper_in1k.py.
 _base_ = [
     '../_base_/models/deit-base.py',
     '../_base_/datasets/imagenet_224.py',

@@ -1,6 +1,5 @@
 # ViT-B from MAE, compressed and fine-tuned from the published checkpoint
-# (83.5 top-1). The paper's own form is compression=dict(keep=0.6, prune=0.1,
-# builder='row_window', restore='replace', budget='global', decay=0.025).
+# (83.5 top-1).
 _base_ = [
     '../_base_/models/vit-base-mae.py',
     '../_base_/datasets/imagenet_224.py',

@@ -27,7 +27,7 @@ from .scoring import (
 SEARCH = {
     'strength': (0.0, 0.05, 0.1, 0.2),
     'power': (1.0, 0.6, 0.8, 1.25, 1.6),  # times the schedule's
-    'gain': (1.0, 0.9, 0.8),
+    'gain': (1.0, 0.9, 0.8),  # times what there is
 }
 
 Steps = Callable[[int, int], None]
@@ -106,7 +106,10 @@ def choose_settings(
         dict[str, float]: What was chosen.
     """
     modules = list(calibrated_modules(model).values())
-    powers = [module.compressor.schedule.power for module in modules]
+    starts = [
+        (module.compressor.schedule.power, module.compressor.gain.clone())
+        for module in modules
+    ]
     chosen = {name: values[0] for name, values in SEARCH.items()}
     total = sum(map(len, SEARCH.values())) - len(SEARCH) + 1
     done = 0
@@ -116,7 +119,7 @@ def choose_settings(
     def loss(settings: dict[str, float]) -> float:
         nonlocal done
         value = torch.tensor(float('inf'), dtype=torch.float64)
-        if _apply(modules, powers, settings):
+        if _apply(modules, starts, settings):
             value = sum(
                 soft_target_loss(model(images, mode='tensor'), target, 1.0)
                 for images, target in zip(inputs, dense)
@@ -138,20 +141,22 @@ def choose_settings(
                 found = loss(tried)
                 if found < best:
                     best, chosen = found, tried
-        _apply(modules, powers, chosen)
+        _apply(modules, starts, chosen)
     return chosen
 
 
 def _apply(
     modules: Sequence[CompressibleMixin],
-    powers: Sequence[float],
+    starts: Sequence[tuple[float, Tensor]],
     settings: dict[str, float],
 ) -> bool:
-    """Set the settings; whether the budget can be met with them."""
-    for module, power in zip(modules, powers):
+    """Set the settings, from the powers and gains there were at first;
+    whether the budget can be met with them.
+    """
+    for module, (power, gain) in zip(modules, starts):
         compressor = module.compressor
         compressor.set_importance(settings['strength'])
-        compressor.gain.data.fill_(settings['gain'])
+        compressor.gain.data.copy_(gain * settings['gain'])
         try:
             compressor.set_keep(compressor.keep, power * settings['power'])
         except ValueError:

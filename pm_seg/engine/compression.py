@@ -70,10 +70,11 @@ def compress(
 
     Scores, where the structure comes from scores; importance and the best
     schedule on a few images, where tokens merge by similarity and there are
-    images. What the model has already, from a checkpoint, is not measured
-    again. The result depends on the weights, the data and the seed alone; no
-    other weight and no random state changes. In a distributed run every
-    process passes its own batches and all get the same result.
+    images. What a checkpoint brings, scores and importance, is not measured
+    again; the schedule is, where there is a budget to meet. The result
+    depends on the weights, the data and the seed alone; no other weight and
+    no random state changes. In a distributed run every process passes its
+    own batches and all get the same result.
 
     Args:
         model (BaseModel): An mmengine model, not wrapped.
@@ -132,16 +133,15 @@ def compress(
                 module.compressor.store(scores[name])
         meet_budget()
         calibrated = [m.compressor for m in calibrated_modules(model).values()]
-        if (
-            measuring.calib_batches
-            and dataloader is not None
-            and not all(compressor.has_importance for compressor in calibrated)
-        ):
+        known = all(compressor.has_importance for compressor in calibrated)
+        same = known and keep is None and target is None
+        if measuring.calib_batches and dataloader is not None and not same:
             batches = take(
                 _fresh(dataloader, measuring.seed), measuring.calib_batches
             )
             batches = list(batches)
-            fit_importance(model, batches, report('Importance of tokens'))
+            if not known:
+                fit_importance(model, batches, report('Importance of tokens'))
             inputs = calibration_inputs(model, batches)
             choose_settings(model, inputs, report('Ways to merge'))
             if target is not None:

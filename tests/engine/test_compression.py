@@ -58,10 +58,15 @@ def test_data_says_how_to_merge() -> None:
     compress(again, BATCHES, measuring=FEW)
     for key, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, msg=key)
-    # Measured once: another budget takes what there is.
+    # What is important is known; how to merge depends on the budget.
     seen.clear()
+    compress(model, BATCHES, **recording(seen))
+    assert seen == []
+    directions = compressor.importance.clone()
     compress(model, BATCHES, keep=0.8, **recording(seen))
-    assert seen == [] and 0.7 < compressor.share <= 0.8
+    assert {title for title, *_ in seen} == {'Ways to merge'}
+    assert torch.equal(compressor.importance, directions)
+    assert 0.7 < compressor.share <= 0.8
     # No batch, no measurement.
     fresh = build()
     compress(fresh, BATCHES, measuring=Measuring(calib_batches=0))

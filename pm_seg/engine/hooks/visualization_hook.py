@@ -40,7 +40,7 @@ class CompressionVisualizationHook(Hook):
 
     Example:
         >>> custom_hooks = [
-        ...     dict(type='PruneMergeHook', score_iters=50),
+        ...     dict(type='PruneMergeHook'),
         ...     dict(type='CompressionVisualizationHook', interval=4)]
         >>> visualizer = dict(
         ...     vis_backends=[dict(type='TensorboardVisBackend')])

@@ -219,11 +219,12 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
     def _adapt_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str
     ) -> None:
+        foreign = not any('compressor.' in key for key in state_dict)
         super()._adapt_state_dict(state_dict, prefix)
         bias, key = self.patch_embed.projection.bias, prefix + _PATCH_BIAS
         if bias is not None and key not in state_dict:
             state_dict[key] = torch.zeros_like(bias)
-        elif bias is not None and state_dict[key].any():
+        elif bias is not None and foreign and state_dict[key].any():
             print_log(
                 'The bias of the patch embedding in the checkpoint is used. '
                 'VisionTransformer of mmseg >= 1.2 drops it, unless it has '

@@ -165,6 +165,8 @@ def test_a_patch_bias_in_use_is_said(monkeypatch) -> None:
     state['patch_embed.projection.bias'] = torch.ones(24)
     text = messages(state)
     assert said in text and 'patch_bias=True' in text
+    # Our own checkpoints always used it.
+    assert said not in messages(model.state_dict())
 
 
 def test_pretrained_weights(tmp_path) -> None:
