@@ -60,7 +60,6 @@ def test_classification_release(matrices: str) -> None:
         prune_rate=float(golden['prune']),
         decay=0.025,
         threshold='global',
-        restore='replace',
         matrices=matrices,
         num_groups=(golden['channels'] - 1).tolist()
         if matrices == 'dense'
@@ -93,7 +92,6 @@ def test_segmentation_release(matrices: str) -> None:
         prune_rate=float(golden['prune']),
         layers=layers,
         threshold='layer',
-        restore='replace',
         matrices=matrices,
         num_groups=(counts[layers] - 1).tolist()
         if matrices == 'dense'

@@ -166,7 +166,6 @@ def convert_matrices(
         type='paper',
         **_rates(facts, num_groups, group[layers]),
         layers=layers,
-        restore='replace',
         matrices='dense',
         num_groups=num_groups,
         **options,

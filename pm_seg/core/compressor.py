@@ -252,3 +252,9 @@ def check_share(name: str, value: float) -> None:
             f'{name}={value!r} is not in (0, 1]; it is the share of the '
             f"layers' operations that is left, for example {name}=0.5"
         )
+
+
+def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f'{name}={value!r} must be one of {tuple(allowed)}')

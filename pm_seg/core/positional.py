@@ -7,16 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .compressor import Compressor, EncoderShape, LayerLoad, check_share
+from .compressor import (
+    Compressor,
+    EncoderShape,
+    LayerLoad,
+    check_option,
+    check_share,
+)
+from .schedule import solve
 from .structure import (
     PRUNED,
     THRESHOLDS,
-    check_groups,
-    check_layers,
     check_rates,
     check_scores,
     count_tokens,
-    find_keep_rate,
+    group_weights,
     make_groups,
     normalise_scores,
 )
@@ -28,7 +33,7 @@ class PositionalCompressor(Compressor):
     There are no groups until scores are given (:meth:`set_scores`) or a
     compressed checkpoint is loaded; that changes the values of the buffers
     ``scores`` and ``group``, (L, N) each, never their shapes. A subclass says
-    what it does with groups: :meth:`_reset`, :meth:`_map_macs`.
+    what it does with groups: :meth:`_start`, :meth:`_macs`.
 
     Args:
         shape (EncoderShape): The transformer.
@@ -54,44 +59,56 @@ class PositionalCompressor(Compressor):
         self.keep: float | None = None  # see set_keep
         self.keep_rate = keep_rate
         self.prune_rate = prune_rate
-        self.layers = check_layers(layers, shape.depth, decay)
         self.threshold = threshold
         self.decay = decay
-        self.num_groups = None
-        if num_groups is not None:
-            self.num_groups = self._check_num_groups(num_groups)
+        self.layers = self._check_layers(layers)
+        self.num_groups = self._check_num_groups(num_groups)
         per_token = (shape.depth, shape.num_tokens)
         self.register_buffer('scores', torch.zeros(per_token))
         self.register_buffer('group', torch.full(per_token, PRUNED))
-        self._ready = False
+        self._refresh()
 
-    def _check_num_groups(self, given: Sequence[int]) -> tuple[int, ...]:
-        counts, most = tuple(map(int, given)), self.shape.num_tokens
-        if len(counts) != len(self.layers) or not all(
-            1 <= n <= most for n in counts
+    def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
+        depth = self.shape.depth
+        chosen = sorted({*(range(depth) if layers is None else layers)})
+        if not chosen or not 0 <= chosen[0] <= chosen[-1] < depth:
+            raise ValueError(
+                f'layers={list(layers)} must name at least one of the layers '
+                f'0..{depth - 1}, and no others'
+            )
+        least = 1 - self.decay * chosen[-1]
+        if not 0 < least <= 1:
+            raise ValueError(
+                f'decay={self.decay} leaves layer {chosen[-1]} {least:.3g} of '
+                'its scores, expected a share in (0, 1]; lower decay, for '
+                'example to 0.025, but not below 0'
+            )
+        return chosen
+
+    def _check_num_groups(self, given: Sequence[int] | None) -> list[int]:
+        counts, most = list(given or ()), self.shape.num_tokens
+        if given is not None and (
+            len(counts) != len(self.layers)
+            or not all(1 <= count <= most for count in counts)
         ):
             raise ValueError(
-                f'num_groups={list(counts)} must hold {len(self.layers)} '
-                f'counts in 1..{most}, one for each compressed layer'
+                f'num_groups={counts} must hold {len(self.layers)} counts in '
+                f'1..{most}, one for each compressed layer'
             )
         return counts
 
     # ---------------------------------------------------------------- state
 
-    def _reset(self) -> None:
-        """Initialise what is learned, for new groups."""
-        raise NotImplementedError
-
     def _refresh(self) -> None:
-        """Called after values or the device of the buffers changed."""
-        self._ready = not self.group.is_meta and bool(
-            (self.group != PRUNED).any()
-        )
+        """Read what the groups are, after they or their device changed."""
+        self._counts: list[int] = []
+        if not self.group.is_meta and (self.group != PRUNED).any():
+            self._counts = (self.group.amax(1) + 1).tolist()
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.group.is_meta and (self.group != PRUNED).any():
-            check_groups(self.group, self.layers, self.num_groups)
+            self._check_groups(self.group)
         self._refresh()
 
     def _apply(self, *args, **kwargs) -> PositionalCompressor:
@@ -109,12 +126,12 @@ class PositionalCompressor(Compressor):
     @property
     def has_structure(self) -> bool:
         """Whether scores were given or a compressed checkpoint loaded."""
-        return self._ready
+        return bool(self._counts)
 
     @property
     def has_scores(self) -> bool:
         """Whether there are scores of all compressed layers."""
-        return bool((self.scores[list(self.layers)] > 0).any(1).all())
+        return bool((self.scores[self.layers] > 0).any(1).all())
 
     def set_scores(self, scores: Tensor) -> None:
         """Store scores, derive the structure, initialise the weights.
@@ -134,9 +151,8 @@ class PositionalCompressor(Compressor):
     def store(self, scores: Tensor) -> None:
         """Store scores and leave the structure, see :meth:`set_scores`."""
         self._check_shape('scores', scores)
-        check_scores(scores[list(self.layers)], self.layers)
+        check_scores(scores[self.layers], self.layers)
         self.scores.copy_(scores)
-        self._refresh()
 
     @torch.no_grad()
     def build(self) -> None:
@@ -146,13 +162,12 @@ class PositionalCompressor(Compressor):
             ValueError: If a layer would keep no token, the share asked for by
                 :meth:`set_keep` is out of reach, or there are no scores.
         """
-        scores = self.scores[list(self.layers)].cpu()
+        scores = self.scores[self.layers].cpu()
         check_scores(scores, self.layers)
-        scores = self._normalised(scores)
-        rate, rules = self.keep_rate, (self.prune_rate, self.threshold)
-        if self.keep is not None:
-            rate = find_keep_rate(self._share_with, scores, self.keep, *rules)
-        centres, live = count_tokens(scores, rate, *rules)
+        scores = normalise_scores(scores, self.decay, self.layers)
+        rate = self._rate(scores)
+        rules = rate, self.prune_rate, self.threshold
+        centres, live = count_tokens(scores, *rules)
         centres = self.num_groups or centres
         if 0 in centres:
             raise ValueError(
@@ -162,9 +177,34 @@ class PositionalCompressor(Compressor):
                 "layers or use threshold='layer'"
             )
         live = [max(pair) for pair in zip(live, centres)]
+        group = self.group.clone()
         rows = make_groups(scores, centres, live, self.shape.grid)
-        self.set_groups(self._all_layers(rows))
+        group[self.layers] = rows.to(group.device)
+        self.set_groups(group)
         self.keep_rate = rate
+
+    def _rate(self, scores: Tensor) -> float:
+        """The highest ``keep_rate`` that does not cost more than ``keep``."""
+        if self.keep is None:
+            return self.keep_rate
+        # One centre in each layer at least.
+        least, most = 0.5 / scores.shape[1], 1 - self.prune_rate
+
+        def cost(rate: list[float]) -> float:
+            rules = *rate, self.prune_rate, self.threshold
+            return self._share_with(count_tokens(scores, *rules)[0])
+
+        def rates(strength: float) -> list[float]:
+            return [most - (most - least) * strength]
+
+        try:  # shares are sums of floats
+            return solve(rates, cost, self.keep + 1e-9, most=1.0)[0]
+        except ValueError as error:
+            raise ValueError(
+                f'keep={self.keep} is out of reach: of the operations of all '
+                f'layers {error}, with one group in each compressed layer; '
+                'keep more, or compress more layers'
+            ) from None
 
     def set_keep(self, keep: float) -> None:
         """Make the layers cost this share of the dense layers' MACs.
@@ -206,22 +246,22 @@ class PositionalCompressor(Compressor):
                 groups that contradicts ``num_groups``.
         """
         self._check_shape('group', group)
-        check_groups(group, self.layers, self.num_groups)
-        self.group.copy_(self._all_layers(group[list(self.layers)]))
+        self._check_groups(group)
+        self.group.copy_(torch.arange(group.shape[1]))
+        self.group[self.layers] = group[self.layers].to(self.group.device)
         self._refresh()
-        self._reset()
+        scores = self.scores[self.layers].cpu()
+        scores[(scores <= 0).all(1)] = 1.0  # without any, all count alike
+        scores = normalise_scores(scores, self.decay, self.layers)
+        for layer, row in zip(self.layers, scores):
+            weights = group_weights(row, self.group[layer].cpu())
+            self._start(
+                layer, *(weight.to(self.group.device) for weight in weights)
+            )
 
-    def _all_layers(self, rows: Tensor) -> Tensor:
-        """Groups of all layers from those of compressed ones, on the CPU."""
-        alone = torch.arange(rows.shape[1]).repeat(self.shape.depth, 1)
-        alone[list(self.layers)] = rows.cpu()
-        return alone
-
-    def _normalised(self, scores: Tensor) -> Tensor:
-        """Scores of compressed layers; those without any count as equal."""
-        scores = scores.clone()
-        scores[(scores <= 0).all(1)] = 1.0
-        return normalise_scores(scores, self.decay, self.layers)
+    def _start(self, layer: int, merge: Tensor, restore: Tensor) -> None:
+        """Initialise what is learned with weights of patches, (N,) each."""
+        raise NotImplementedError
 
     def _check_shape(self, name: str, given: Tensor) -> None:
         expected = (self.shape.depth, self.shape.num_tokens)
@@ -231,26 +271,34 @@ class PositionalCompressor(Compressor):
                 f' {expected[0]} layers on a grid of {self.shape.grid} patches'
             )
 
-    def loads(self) -> list[LayerLoad]:
-        """What each layer works on and costs, on the native grid.
+    def _check_groups(self, group: Tensor) -> None:
+        counts = self.num_groups or [None] * len(self.layers)
+        for layer, count in zip(self.layers, counts):
+            used = group[layer].unique()
+            used = used[used != PRUNED].tolist()
+            if not used or used != list(range(len(used))):
+                raise ValueError(
+                    f'groups of layer {layer} must be numbered 0..K-1 without '
+                    f'gaps, K >= 1, and -1 where pruned; got {used[:8]}...'
+                )
+            if count not in (None, len(used)):
+                raise ValueError(
+                    f'layer {layer} has {len(used)} groups, num_groups says '
+                    f'{count}; give as many, or leave num_groups out'
+                )
 
-        Raises:
-            RuntimeError: If there is no structure yet.
-        """
+    # ----------------------------------------------------------------- cost
+
+    def loads(self) -> list[LayerLoad]:
         self._check_ready()
-        counts = (self.group.amax(1) + 1).tolist()
         pruned = (self.group == PRUNED).sum(1).tolist()
         return [
             LayerLoad(count, count, self._macs(layer, count), missing)
-            for layer, (count, missing) in enumerate(zip(counts, pruned))
+            for layer, (count, missing) in enumerate(zip(self._counts, pruned))
         ]
 
     def _macs(self, layer: int, groups: int) -> float:
-        macs = self.shape.cost(self.shape.num_prefix + groups)
-        return macs + (self._map_macs(groups) if layer in self.layers else 0)
-
-    def _map_macs(self, groups: int) -> float:
-        """Of merging to so many groups and back, 0 if nothing is done."""
+        """Of a layer on so many groups, with merging and restoring."""
         raise NotImplementedError
 
     def _share_with(self, groups: Sequence[int]) -> float:
@@ -263,18 +311,10 @@ class PositionalCompressor(Compressor):
         return macs / self.shape.dense_macs
 
     def _check_ready(self) -> None:
-        if not self._ready:
+        if not self._counts:
             raise RuntimeError(
                 'compression is configured but there is no structure yet: '
                 'the weights come from a dense checkpoint. Run '
                 'tools/compress.py on it, train with PruneMergeHook in '
                 'custom_hooks, or set compression=None for the dense model'
             )
-
-
-def check_option(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(
-            f'{name}={value!r} is unknown; choose one of {tuple(allowed)}'
-        )

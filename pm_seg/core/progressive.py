@@ -27,6 +27,7 @@ from .compressor import (
     Layer,
     LayerLoad,
     Outputs,
+    check_option,
     check_share,
 )
 from .merging import RESTORES, Chain, Grid, Merge
@@ -82,16 +83,10 @@ class ProgressiveCompressor(Compressor):
     ) -> None:
         super().__init__(shape)
         depth, dims = shape.depth, shape.dims
-        for name, value, allowed in (
-            ('schedule', schedule, SCHEDULES),
-            ('compare', compare, COMPARES),
-            ('restore', restore, RESTORES),
-            ('first', first, range(depth)),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f'{name}={value!r} must be one of {tuple(allowed)}'
-                )
+        check_option('schedule', schedule, tuple(SCHEDULES))
+        check_option('compare', compare, COMPARES)
+        check_option('restore', restore, RESTORES)
+        check_option('first', first, range(depth))
         check_share('keep', keep)
         if not isinstance(power, (int, float)) or not power > 0:
             raise ValueError(f'power={power!r} must be a number above 0')

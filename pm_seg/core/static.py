@@ -1,11 +1,11 @@
-"""Groups by position, the same for every image: the paper's method.
+"""The paper's method: tokens merge and are restored around every layer.
 
 Mao et al., "Efficient Token Compression for Vision Transformer with Spatial
-Information Preserved" (arXiv 2503.23455). Around each compressed layer, tokens
-are merged and restored by a :class:`~pm_seg.core.token_map.TokenMap`, whose
-groups follow from gradient-weighted attention scores
-(:mod:`~pm_seg.core.scores`, :mod:`~pm_seg.core.positional`) and whose weights
-are trained with the model.
+Information Preserved" (arXiv 2503.23455). The groups are by position, the same
+for every image, from gradient-weighted attention scores
+(:mod:`~pm_seg.core.scores`, :mod:`~pm_seg.core.structure`,
+:mod:`~pm_seg.core.positional`). A :class:`~pm_seg.core.token_map.TokenMap`
+merges and restores, by weights that are trained with the model.
 """
 
 from __future__ import annotations
@@ -13,19 +13,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compressor import EncoderShape, Layer, Outputs
-from .merging import RESTORES, Grid
-from .positional import PositionalCompressor, check_option
-from .structure import WEIGHTS, resize_groups
-from .token_map import (
-    DenseTokenMap,
-    Structure,
-    TokenMap,
-    make_structure,
-    resize_rows,
-)
+from .compressor import EncoderShape, Layer, Outputs, check_option
+from .merging import Grid
+from .positional import PositionalCompressor
+from .structure import PRUNED
+from .token_map import DenseTokenMap, TokenMap
 
 MATRICES = ('sparse', 'dense')
 
@@ -33,11 +28,7 @@ MATRICES = ('sparse', 'dense')
 class StaticCompressor(PositionalCompressor):
     """Merges and restores tokens by position around each compressed layer.
 
-    On another grid than the native one, scores are resized bilinearly, each
-    layer keeps its share of tokens, and what was learned about the weights
-    (their difference from the initial ones) is resized on top; dense matrices
-    are resized themselves. Structures of some grids are kept, and
-    ``torch.compile(fullgraph=True)`` needs one eager call with a new one.
+    On another grid than the native one the matrices are resized.
 
     Args:
         shape (EncoderShape): The transformer.
@@ -51,24 +42,16 @@ class StaticCompressor(PositionalCompressor):
             :func:`~pm_seg.core.structure.count_tokens`. Defaults to 'layer'.
         decay (float): How much less the scores of each further layer count
             (the paper's classifiers: 0.025). Defaults to 0.
-        restore (str): 'replace' (the paper) or 'residual', see
-            :mod:`~pm_seg.core.token_map`. Defaults to 'replace'.
-        weights (str): Initial merge weights, 'score' (the paper) or 'mean'.
-            Defaults to 'score'.
         matrices (str): 'sparse' for a merge and a restore weight per token,
             'dense' for full matrices, as in released checkpoints. Defaults
             to 'sparse'.
         num_groups (Sequence[int], optional): Groups of each compressed layer,
             instead of what ``keep_rate`` gives. Required for 'dense', whose
             parameter shapes depend on it.
-        trainable (bool): Whether the weights are trained. Defaults to True.
 
     Raises:
         ValueError: On an unknown option or a value out of range.
     """
-
-    #: Structures of so many other grids are kept.
-    max_grids = 16
 
     def __init__(
         self,
@@ -78,27 +61,20 @@ class StaticCompressor(PositionalCompressor):
         layers: Sequence[int] | None = None,
         threshold: str = 'layer',
         decay: float = 0.0,
-        restore: str = 'replace',
-        weights: str = 'score',
         matrices: str = 'sparse',
         num_groups: Sequence[int] | None = None,
-        trainable: bool = True,
     ) -> None:
-        check_option('restore', restore, RESTORES)
-        check_option('weights', weights, WEIGHTS)
         check_option('matrices', matrices, MATRICES)
         super().__init__(
             shape, keep_rate, prune_rate, layers, threshold, decay, num_groups
         )
-        if matrices == 'dense' and num_groups is None:
+        self.dense = matrices == 'dense'
+        if self.dense and not self.num_groups:
             raise ValueError(
                 "matrices='dense' needs num_groups, one count for each of the "
                 f'{len(self.layers)} compressed layers: the matrices are '
                 'parameters and cannot change shape later'
             )
-        self.residual = restore == 'residual'
-        self.weights = weights
-        self.dense = matrices == 'dense'
         if self.dense:
             tokens = shape.num_prefix + shape.num_tokens
             self.merge_matrix = nn.ParameterDict()
@@ -110,40 +86,28 @@ class StaticCompressor(PositionalCompressor):
         else:
             self.merge_weight = nn.Parameter(torch.zeros(self.group.shape))
             self.restore_weight = nn.Parameter(torch.zeros(self.group.shape))
-        self.requires_grad_(trainable)
-        self._refresh()
 
-    # ---------------------------------------------------------------- state
-
-    def _refresh(self) -> None:
-        super()._refresh()
-        self._structures: dict[tuple[Grid, str], Structure] = {}
-        if self.has_structure:
-            self._structure(self.shape.grid)
-
-    @torch.no_grad()
-    def _reset(self) -> None:
-        native = self._structure(self.shape.grid)
+    def _start(self, layer: int, merge: Tensor, restore: Tensor) -> None:
         if not self.dense:
-            self.merge_weight.copy_(native.merge)
-            self.restore_weight.copy_(native.restore)
+            self.merge_weight[layer] = merge
+            self.restore_weight[layer] = restore
             return
-        for layer in self.layers:
-            start = native.token_map(layer, native.merge, native.restore)
-            start = start.to_dense()
-            self.merge_matrix[str(layer)].copy_(start.merge_matrix)
-            self.restore_matrix[str(layer)].copy_(start.restore_matrix)
+        start = self._token_map(layer, merge, restore).to_dense()
+        self.merge_matrix[str(layer)].copy_(start.merge_matrix)
+        self.restore_matrix[str(layer)].copy_(start.restore_matrix)
 
-    def _map_macs(self, groups: int) -> float:
-        """One for each value that is merged, and that is restored or bypasses
-        the layer; those of the products with dense matrices.
+    def _macs(self, layer: int, groups: int) -> float:
+        """Of a layer on so many groups: one for each value that is merged,
+        and that is restored; those of the products with dense matrices.
         """
         prefix, tokens = self.shape.num_prefix, self.shape.num_tokens
-        if self.dense:
+        passes = 0
+        if self.dense and layer in self.layers:
             passes = 2 * (prefix + groups) + 1
-        else:
-            passes = 2 if groups < tokens else 0
-        return passes * (prefix + tokens) * self.shape.dims
+        elif groups < tokens:
+            passes = 2
+        around = passes * (prefix + tokens) * self.shape.dims
+        return self.shape.cost(prefix + groups) + around
 
     # ------------------------------------------------------------------ run
 
@@ -160,8 +124,7 @@ class StaticCompressor(PositionalCompressor):
             if token_map is None:
                 x = layers[index](x)
             else:
-                z = token_map.merge(x)
-                x = token_map.restore(x, z, layers[index](z))
+                x = token_map.restore(x, layers[index](token_map.merge(x)))
             if self.observer is not None:
                 if token_map is not None:
                     group = token_map.groups(self.shape.num_prefix)[None]
@@ -177,84 +140,54 @@ class StaticCompressor(PositionalCompressor):
             grid (tuple[int, int]): Patch rows and columns of the input.
 
         Raises:
-            RuntimeError: If there is no structure yet, or none for this grid
-                can be derived.
+            RuntimeError: If there is no structure yet.
         """
         self._check_ready()
-        maps = self._dense_maps(grid) if self.dense else self._maps(grid)
-        return [maps.get(layer) for layer in range(self.shape.depth)]
-
-    def _maps(self, grid: Grid) -> dict[int, TokenMap]:
-        structure = self._structure(grid)
-        merge, restore = self.merge_weight, self.restore_weight
-        if grid != self.shape.grid:
-            native = self._structure(self.shape.grid)
-            merge, restore = structure.carry_over(
-                native, (merge, restore), self.shape.grid, grid
-            )
-        # With as many groups as tokens it is the layer alone.
-        return {
-            layer: structure.token_map(layer, merge, restore, self.residual)
-            for layer in self.layers
-            if structure.counts[layer] < grid[0] * grid[1]
-        }
-
-    def _dense_maps(self, grid: Grid) -> dict[int, DenseTokenMap]:
-        native, maps = self._structure(self.shape.grid), {}
+        maps: list[TokenMap | DenseTokenMap | None] = [None] * self.shape.depth
         for layer in self.layers:
-            maps[layer] = DenseTokenMap(
-                self.merge_matrix[str(layer)],
-                self.restore_matrix[str(layer)],
-                native.live[layer],
-                self.residual,
-            )
-            if grid != self.shape.grid:
-                maps[layer] = maps[layer].resized(
-                    self.shape.num_prefix, self.shape.grid, grid
+            key = str(layer)
+            if self.dense:
+                maps[layer] = DenseTokenMap(
+                    self.merge_matrix[key],
+                    self.restore_matrix[key],
+                    self._live(layer),
+                )
+            elif self._counts[layer] < self.shape.num_tokens:
+                maps[layer] = self._token_map(
+                    layer, self.merge_weight[layer], self.restore_weight[layer]
+                )
+            if maps[layer] is not None and grid != self.shape.grid:
+                maps[layer] = (
+                    maps[layer]
+                    .to_dense()
+                    .resized(self.shape.num_prefix, self.shape.grid, grid)
                 )
         return maps
 
-    def _structure(self, grid: Grid) -> Structure:
-        key = (grid, str(self.group.device))
-        return self._structures.get(key) or self._derive(grid)
-
-    @torch.compiler.disable
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _derive(self, grid: Grid) -> Structure:
-        native, rows = self.shape.grid, list(self.layers)
-        group, scores = self.group.cpu(), self.scores[rows].cpu()
-        if grid != native:
-            if not self.has_scores:
-                raise RuntimeError(
-                    f'no token map for a {grid[0]}x{grid[1]} grid can be '
-                    f'derived from the {native[0]}x{native[1]} one: its '
-                    'groups were set without scores. Call set_scores, or '
-                    'resize images to the native size'
-                )
-            scores = resize_rows(scores, native, grid)
-        scores = self._normalised(scores)
-        if grid != native:
-            group = resize_groups(group[rows], scores, grid)
-            group = self._all_layers(group)
-        structure = make_structure(
-            group,
-            scores,
-            self.layers,
-            self.weights,
-            self.shape.num_prefix,
-            self.group.device,
+    def _token_map(
+        self, layer: int, merge: Tensor, restore: Tensor
+    ) -> TokenMap:
+        """Of one layer, from the weights of its patches, (N,) each."""
+        prefix = self.shape.num_prefix
+        group = self.group[layer]
+        first = torch.arange(prefix, device=group.device)
+        live = self._live(layer)
+        return TokenMap(
+            torch.cat([first, group.clamp_min(0) + prefix]),
+            prefix + self._counts[layer],
+            F.pad(merge, (prefix, 0), value=1.0) * live,
+            F.pad(restore, (prefix, 0), value=1.0) * live,
+            live,
         )
-        others = [key for key in self._structures if key[0] != native]
-        if len(others) == self.max_grids:
-            del self._structures[others[0]]
-        self._structures[grid, str(self.group.device)] = structure
-        return structure
+
+    def _live(self, layer: int) -> Tensor:
+        """Which tokens are not pruned, bool, (P+N,)."""
+        live = self.group[layer] != PRUNED
+        return F.pad(live, (self.shape.num_prefix, 0), value=True)
 
     def extra_repr(self) -> str:
         return (
             f'grid={self.shape.grid}, keep_rate={self.keep_rate}, '
-            f'prune_rate={self.prune_rate}, layers={list(self.layers)}, '
-            f'threshold={self.threshold!r}, '
-            f'restore={"residual" if self.residual else "replace"!r}'
+            f'prune_rate={self.prune_rate}, layers={self.layers}, '
+            f'threshold={self.threshold!r}'
         )

@@ -54,7 +54,8 @@ def test_groups_of_another_grid() -> None:
     recorder = recorded(static(), (5, 3))
     assert recorder.grid == (5, 3)
     for group in recorder.groups:
-        assert group.shape == (1, 15) and len(group.unique()) == 8
+        assert group.shape == (1, 15)
+        assert len(group.unique()) > 4 and group.max() < 8
 
 
 def test_the_last_run_is_kept() -> None:

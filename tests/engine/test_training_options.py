@@ -60,9 +60,7 @@ def paper(cfg) -> None:
 
 def paper_dense_matrices(cfg) -> None:
     paper(cfg)
-    cfg.model.backbone.compression.update(
-        matrices='dense', num_groups=[8, 8], trainable=False
-    )
+    cfg.model.backbone.compression.update(matrices='dense', num_groups=[8, 8])
 
 
 def tome(cfg) -> None:

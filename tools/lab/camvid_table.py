@@ -139,6 +139,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='(default 0 1 2)',
     )
     group.add_argument(
+        '--batch-size',
+        type=int,
+        default=8,
+        metavar='N',
+        help='images of a training iteration (default 8)',
+    )
+    group.add_argument(
         '--workers',
         type=int,
         default=2,
@@ -166,6 +173,7 @@ def config_options(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
         f'load_from={args.checkpoint}',
         f'randomness.seed={seed}',
         f'train_dataloader.dataset.pipeline.0.seed={seed}',
+        f'train_dataloader.batch_size={args.batch_size}',
         f'train_cfg.max_iters={iters}',
         f'train_cfg.val_interval={10 * iters}',
         f'param_scheduler.0.end={step}',
@@ -186,7 +194,9 @@ def config_options(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
 
 
 def _work_dir(args: argparse.Namespace, name: str, seed: int) -> Path:
-    return Path(args.work_dir) / f'{name.replace(", ", "-")}-{seed}'
+    # --cfg-options take no blanks and no commas.
+    plain = ''.join(c if c.isalnum() else '-' for c in name)
+    return Path(args.work_dir) / f'{plain}-{seed}'
 
 
 def scored(args: argparse.Namespace, name: str, seed: int) -> str:
@@ -207,6 +217,8 @@ def run_row(args: argparse.Namespace, name: str, seed: int) -> dict:
     row, work = ROWS[name], _work_dir(args, name, seed)
     options = ['--cfg-options', *config_options(args, row, seed)]
     result = dict(row=name, seed=seed, iters=args.iters)
+    if args.iters:
+        result['batch_size'] = args.batch_size
     start = time.perf_counter()
     checkpoint = Path(args.checkpoint)
     if row.compress:

@@ -147,7 +147,6 @@ def _new_grid(size: int, depth: int, batch: int) -> Call:
     grid = (size // PATCH, size // PATCH + 1)
 
     def call() -> None:
-        compressor._refresh()  # nothing is kept
         compressor.token_maps(grid)
 
     return call
@@ -327,8 +326,7 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
             f'{result["mib"][args.leak // 2]:.0f} after half, '
             f'{result["mib"][-1]:.0f} after the last '
             f'({result["growth"]:+.2f} MiB per 1000 images in the second '
-            f"half); the paper's form held {max(result['structures'])} "
-            'structures at most'
+            'half)'
         )
     else:
         draw = plot

@@ -105,17 +105,13 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def plot_leak(result: dict, path: Path) -> None:
-    """Resident memory, and structures the paper's form holds, by image."""
+    """Resident memory, by image."""
     figure = Figure(figsize=(8, 3.6), dpi=100)
     axis = figure.subplots()
     axis.plot(result['mib'], color='C0', linewidth=1)
     axis.set_xlabel('images of mixed sizes')
-    axis.set_ylabel('resident memory, MiB', color='C0')
+    axis.set_ylabel('resident memory, MiB')
     axis.set_ylim(0, max(result['mib']) * 1.1)
     axis.grid(alpha=0.25)
-    other = axis.twinx()
-    other.plot(result['structures'], color='C1', linewidth=1)
-    other.set_ylabel('structures held, paper', color='C1')
-    other.set_ylim(0, max(result['structures']) * 2)
     figure.tight_layout()
     _save(figure, path)

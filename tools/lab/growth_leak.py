@@ -55,13 +55,13 @@ def leak(images: int) -> dict:
     """Memory after each of many images of mixed sizes.
 
     Returns:
-        dict: 'mib', resident memory after each image; 'structures' that the
-        paper's form held; 'grids', how many different ones the images had;
-        'growth', MiB per 1000 images over the second half.
+        dict: 'mib', resident memory after each image; 'grids', how many
+        different ones the images had; 'growth', MiB per 1000 images over the
+        second half.
     """
     ours, decoder, paper = leak_models()
     draw = random.Random(0)
-    mib, structures, grids = [], [], set()
+    mib, grids = [], set()
     for _ in track(
         range(images), console=Console(stderr=True), auto_refresh=False
     ):
@@ -72,9 +72,6 @@ def leak(images: int) -> dict:
             decoder(ours(batch))
             paper(batch)
         mib.append(memory('VmRSS') / 2**20)
-        structures.append(len(paper.compressor._structures))
     half = np.array(mib[images // 2 :])
     slope = np.polyfit(np.arange(len(half)), half, 1)[0] * 1000
-    return dict(
-        mib=mib, structures=structures, grids=len(grids), growth=float(slope)
-    )
+    return dict(mib=mib, grids=len(grids), growth=float(slope))
