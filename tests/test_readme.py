@@ -1,4 +1,6 @@
-"""Every command of the README is run by a test or by CI."""
+"""Every command of the README and of docs/commands.md is run by a test or by
+CI.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ TOOLS = 'tests/cli/test_tools.py'
 ADE20K = f'{TOOLS}::test_the_main_ade20k_config_runs_on_scenes'
 CONVERT = 'tests/cli/test_convert_checkpoint.py'
 MAKE = 'Makefile'
+PAGES = ('README.md', 'docs/commands.md')
 
 #: How each command is run. A test's name: by that test, with a smaller model
 #: or fewer steps. MAKE: it is a recipe of the Makefile, which .ci/run runs.
-#: Arguments: below, as it stands in the README with these added.
+#: Arguments: below, as it stands there with these added.
 RUN_BY: dict[str, str | list[str]] = {
     'make demo': f'{TOOLS}::test_demo',
     'make test': MAKE,
@@ -50,15 +53,15 @@ RUN_BY: dict[str, str | list[str]] = {
 
 
 def test_every_command_is_run_by_something() -> None:
-    found = commands('README.md')
+    found = [c for page in PAGES for c in commands(page)]
     assert len(found) > 10
     unknown = [command for command in found if command not in RUN_BY]
     assert not unknown, (
-        'nothing runs these commands of the README; write a test and name it '
+        'nothing runs these commands; write a test and name it '
         f'in RUN_BY: {unknown}'
     )
     gone = set(RUN_BY) - set(found)
-    assert not gone, f'no longer in the README: {gone}'
+    assert not gone, f'on neither page: {gone}'
 
 
 @pytest.mark.parametrize(

@@ -9,24 +9,31 @@ itself, by ridge regression of its logarithm on the normed token::
 
 Pairs of important tokens then merge later: their dissimilarity is multiplied
 by ``exp(strength (log score + log score of the other))``, see
-:func:`~pm_seg.core.merging.match`.
+:func:`~pm_seg.core.similarity.match`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scores import value_gradient_scores
+from .scores import (
+    GradientWatcher,
+    require_gradients,
+    value_gradient_scores,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _FLOOR = 1e-4  # of the image's mean score: silent tokens have a logarithm too
 
 
-class ImportanceFitter:
+class ImportanceFitter(GradientWatcher):
     """Gathers what the regression needs while losses are back-propagated.
 
     Use as a context manager around ``loss.backward()`` calls of the
@@ -40,8 +47,8 @@ class ImportanceFitter:
     Args:
         blocks (Sequence[nn.Module]): The layers; their first argument are
             tokens (B, P+N, C).
-        taps (Sequence[nn.Module]): One for each layer through which its
-            values pass, as for :class:`~pm_seg.core.ScoreRecorder`.
+        taps (Sequence[nn.Module]): See
+            :class:`~pm_seg.core.scores.GradientWatcher`.
         num_prefix (int): P.
         dims (int): C.
         ridge (float): Added to the diagonal of the Gram matrix, as a share
@@ -56,56 +63,32 @@ class ImportanceFitter:
         dims: int,
         ridge: float = 0.01,
     ) -> None:
+        super().__init__(taps)
         self.blocks = blocks
-        self.taps = taps
         self.num_prefix = num_prefix
         self.ridge = ridge
         self.gram = torch.zeros(len(blocks), dims, dims, dtype=torch.float64)
         self.cross = torch.zeros(len(blocks), dims, dtype=torch.float64)
         self._inputs: dict[int, Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> ImportanceFitter:
-        for layer, (block, tap) in enumerate(zip(self.blocks, self.taps)):
-            self._handles += [
+    def __enter__(self) -> Self:
+        for layer, block in enumerate(self.blocks):
+            self._handles.append(
                 block.register_forward_pre_hook(
                     lambda module, args, layer=layer: self._inputs.update(
                         {layer: args[0].detach()}
                     )
-                ),
-                tap.register_forward_hook(
-                    lambda module, args, value, layer=layer: self._watch(
-                        layer, value
-                    )
-                ),
-            ]
-        return self
+                )
+            )
+        return super().__enter__()
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self._inputs.clear()
 
-    def _watch(self, layer: int, value: Tensor) -> Tensor:
-        detached, x = value.detach(), self._inputs[layer]
-        if torch.is_grad_enabled():
-            if not value.requires_grad:  # everything before it is frozen
-                value = detached.clone().requires_grad_()
-            value.register_hook(
-                lambda grad: self._record(layer, x, detached, grad)
-            )
-        return value
-
     @torch.no_grad()
-    def _record(
-        self, layer: int, x: Tensor, value: Tensor, grad: Tensor
-    ) -> None:
+    def _record(self, layer: int, value: Tensor, grad: Tensor) -> None:
+        x = self._inputs[layer]
         score = value_gradient_scores(value, grad)[:, self.num_prefix :].abs()
         score = score + _FLOOR * score.mean(1, keepdim=True)
         # An image without gradients has nothing to say.
@@ -125,12 +108,7 @@ class ImportanceFitter:
             RuntimeError: If a layer saw no gradient.
         """
         scale = self.gram.diagonal(dim1=1, dim2=2).mean(1)
-        silent = (scale == 0).nonzero().flatten().tolist()
-        if silent:
-            raise RuntimeError(
-                f'no gradient reached the values of layers {silent}; run '
-                'forward and backward, with gradients enabled'
-            )
+        require_gradients(scale)
         eye = torch.eye(self.gram.shape[1], dtype=self.gram.dtype)
         gram = self.gram + self.ridge * scale[:, None, None] * eye
         return torch.linalg.solve(gram, self.cross).float()

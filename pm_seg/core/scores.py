@@ -14,10 +14,13 @@ with any fused attention kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 REDUCTIONS = ('image', 'batch')
 
@@ -35,7 +38,61 @@ def value_gradient_scores(value: Tensor, grad: Tensor) -> Tensor:
     return (value.double() * grad.double()).sum(dim=(1, 3))
 
 
-class ScoreRecorder:
+class GradientWatcher:
+    """Context manager that sees the values of attention and their gradients.
+
+    Args:
+        taps (Sequence[nn.Module]): One module for each layer through which
+            the values (B, heads, T, D) pass, see
+            :class:`pm_seg.models.layers.FusedMultiheadAttention`.
+    """
+
+    def __init__(self, taps: Sequence[nn.Module]) -> None:
+        self.taps = taps
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for layer, tap in enumerate(self.taps):
+            self._handles.append(
+                tap.register_forward_hook(
+                    lambda module, args, value, layer=layer: self._watch(
+                        layer, value
+                    )
+                )
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self, layer: int, value: Tensor) -> Tensor:
+        detached = value.detach()
+        if torch.is_grad_enabled():
+            if not value.requires_grad:  # everything before it is frozen
+                value = detached.clone().requires_grad_()
+            value.register_hook(
+                lambda grad: self._record(layer, detached, grad)
+            )
+        return value
+
+    def _record(self, layer: int, value: Tensor, grad: Tensor) -> None:
+        """Called in the backward pass, (B, heads, T, D) each."""
+        raise NotImplementedError
+
+
+def require_gradients(seen: Tensor) -> None:
+    """Raise ``RuntimeError`` unless all layers saw some, (L,)."""
+    silent = (seen == 0).nonzero().flatten().tolist()
+    if silent:
+        raise RuntimeError(
+            f'no gradient reached the values of layers {silent}; run '
+            'forward and backward, with gradients enabled'
+        )
+
+
+class ScoreRecorder(GradientWatcher):
     """Adds up the scores of every layer while losses are back-propagated.
 
     Use as a context manager around ``loss.backward()`` calls::
@@ -49,9 +106,7 @@ class ScoreRecorder:
     of the backward pass.
 
     Args:
-        taps (Sequence[nn.Module]): One module for each layer through which
-            the values (B, heads, T, D) pass, see
-            :class:`pm_seg.models.layers.FusedMultiheadAttention`.
+        taps (Sequence[nn.Module]): See :class:`GradientWatcher`.
         num_tokens (int): N, patch tokens of the grid that is scored.
         num_prefix (int): P, tokens in front of them, not scored.
         reduction (str): 'image' adds up ``|score|`` image by image with the
@@ -76,34 +131,12 @@ class ScoreRecorder:
                 f'reduction={reduction!r} is unknown; choose one of '
                 f'{REDUCTIONS}'
             )
-        self.taps = taps
+        super().__init__(taps)
         self.num_tokens = num_tokens
         self.num_prefix = num_prefix
         self.reduction = reduction
         self.total = torch.zeros(len(taps), num_tokens, dtype=torch.float64)
         self.weight = torch.zeros(len(taps), 1, dtype=torch.float64)
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> ScoreRecorder:
-        for layer, tap in enumerate(self.taps):
-            self._handles.append(
-                tap.register_forward_hook(
-                    lambda module, args, value, layer=layer: self._watch(
-                        layer, value
-                    )
-                )
-            )
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _watch(self, layer: int, value: Tensor) -> Tensor:
         expected = self.num_prefix + self.num_tokens
@@ -115,14 +148,7 @@ class ScoreRecorder:
                 'for: check img_size of the backbone and the crop of '
                 'calib_pipeline or train_pipeline'
             )
-        detached = value.detach()
-        if torch.is_grad_enabled():
-            if not value.requires_grad:  # everything before it is frozen
-                value = detached.clone().requires_grad_()
-            value.register_hook(
-                lambda grad: self._record(layer, detached, grad)
-            )
-        return value
+        return super()._watch(layer, value)
 
     @torch.no_grad()
     def _record(self, layer: int, value: Tensor, grad: Tensor) -> None:
@@ -142,10 +168,5 @@ class ScoreRecorder:
         Raises:
             RuntimeError: If a layer saw no gradient.
         """
-        silent = (self.weight == 0).flatten().nonzero().flatten().tolist()
-        if silent:
-            raise RuntimeError(
-                f'no gradient reached the values of layers {silent}; run '
-                'forward and backward, with gradients enabled'
-            )
+        require_gradients(self.weight.flatten())
         return (self.total / self.weight).float()
