@@ -174,11 +174,6 @@ FAULTS = (
         'if self._strength:', 'if False:', RUN,
     ),
     Fault(
-        'progressive', 'importance is not relative to the image',
-        'weight = weight - weight.mean(1, keepdim=True)',
-        'weight = weight - 0', (*RUN, 'test_importance'),
-    ),
-    Fault(
         'progressive', 'a checkpoint brings no shares',
         'self._shares = [x / WHOLE for x in self.shares.tolist()]',
         'pass', RUN,

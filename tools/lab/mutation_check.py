@@ -75,7 +75,7 @@ def copy_core(folder: Path) -> None:
     (folder / 'pm_seg' / '__init__.py').touch()
     shutil.copytree(ROOT / 'pm_seg/core', folder / 'pm_seg/core', ignore=skip)
     shutil.copytree(ROOT / 'tests/core', folder / 'tests/core', ignore=skip)
-    for name in ('tests/conftest.py', 'pyproject.toml'):
+    for name in ('tests/conftest.py', 'tests/toy.py', 'pyproject.toml'):
         shutil.copy(ROOT / name, folder / name)
 
 
