@@ -9,7 +9,7 @@ Example:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,24 +17,26 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.model import BaseModel, is_model_wrapper
-from mmengine.structures import PixelData
 from mmseg.models.backbones import VisionTransformer as SegViT
-from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from .engine.compression import Measuring, Progress, compress
 from .engine.scoring import compressible_modules, evaluating
+from .engine.user_data import (
+    Loss,
+    PlainModel,
+    UserBatches,
+    feature_energy,
+)
 from .models.backbones import PMVisionTransformer
 from .models.compressible import CompressibleMixin
-from .models.timm_vit import compress_timm_blocks
+from .models.timm_vit import SUPPORTED, compress_timm_vit, find_timm_vit
 from .utils import shown_progress
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
 _SUPPORTED = (
-    'an mmseg or mmpretrain model whose backbone is VisionTransformer, '
-    'PMVisionTransformer or one of their distilled forms, or a '
-    'timm.models.VisionTransformer'
+    'an mmseg or mmpretrain model whose backbone is VisionTransformer, its '
+    'distilled form, DeiT3, ViTEVA02, BEiTViT without relative position bias '
+    f"or one of pm_seg's, or {SUPPORTED}"
 )
 
 
@@ -71,8 +73,9 @@ def compress_model(
             example ``dict(share=0.5)``, see
             :func:`~pm_seg.engine.targets.meet_target`.
         measuring (Measuring, optional): On how many batches.
-        loss (Callable, optional): ``loss(logits, labels)`` to measure a timm
-            model with. Defaults to cross entropy.
+        loss (Callable, optional): ``loss(outputs, labels)`` to measure a
+            timm model, or one without a head, with. Defaults to cross
+            entropy, and without classes to the mean square of the features.
         progress (Callable | bool): True shows bars, False nothing; or called
             with what is being done, the number of steps done, and their
             total. Defaults to True.
@@ -90,21 +93,18 @@ def compress_model(
     start = keep if target is None else None
     small = make_compressible(model, start, **compression)
     task = small
-    if _is_timm(small):
-        if loader is not None and small.num_classes < 1:
-            raise ValueError(
-                'the timm model has no classifier (num_classes=0), nothing '
-                'can be measured on its outputs: pass loader=None, or '
-                'compress it with a head, and call reset_classifier(0) on the '
-                "result if you don't need it"
-            )
-        task = _Classification(small, loss or F.cross_entropy)
+    if find_timm_vit(small) is not None:
+        features = getattr(small, 'num_classes', 0) < 1
+        loss = loss or (feature_energy if features else F.cross_entropy)
+        task = PlainModel(small, small, loss)
+    elif getattr(small, 'head', small) is None:  # mmpretrain, features alone
+        task = PlainModel(small, small.extract_feat, loss or feature_energy)
     elif loss is not None:
         raise ValueError(
-            'loss is for timm models; mm models are measured with the losses '
-            'of their heads'
+            'loss is for timm models and models without a head; others are '
+            'measured with the losses of their heads'
         )
-    batches = None if loader is None else _Batches(task, loader)
+    batches = None if loader is None else UserBatches(task, loader)
     with shown_progress() as shown:
         if isinstance(progress, bool):
             progress = shown if progress else None
@@ -147,11 +147,11 @@ def make_compressible(
     if keep is not None and options.get('type') != 'paper':
         options['keep'] = keep  # the paper's has rates; see set_keep
     small = copy.deepcopy(model)
-    if _is_timm(small):
-        compress_timm_blocks(small, options)
-        small.blocks.to(next(small.parameters()))
+    vit = find_timm_vit(small)
+    if vit is not None:
+        compress_timm_vit(vit, options)
         if keep is not None:
-            small.blocks.compressor.set_keep(keep)
+            vit.blocks.compressor.set_keep(keep)
         return small.train(model.training)
     if not isinstance(small, BaseModel) or not hasattr(small, 'backbone'):
         raise ValueError(
@@ -181,21 +181,20 @@ def make_compressible(
     return small
 
 
-def _is_timm(model: nn.Module) -> bool:
-    if find_spec('timm') is None:
-        return False
-    from timm.models import VisionTransformer
-
-    return isinstance(model, VisionTransformer)
-
-
 def _compressible_backbone(
     stock: nn.Module, compression: dict
 ) -> CompressibleMixin:
     """A dense backbone as pm_seg's, with the same weights."""
     if isinstance(stock, CompressibleMixin):
-        stock.build_compressor(compression, *_geometry(stock))
+        stock.build_compressor(compression, *stock.geometry)
         return stock
+    variant = _mmpretrain_variant(stock)
+    if variant is not None:
+        backbone = copy.deepcopy(stock)
+        backbone.__class__ = variant
+        backbone.adopt(compression)
+        _check_same(stock, backbone)
+        return backbone
     if type(stock) is SegViT:
         build, arguments = PMVisionTransformer, _mmseg_arguments(stock)
     else:
@@ -214,14 +213,6 @@ def _compressible_backbone(
         ours.requires_grad_(parameter.requires_grad)
     _check_same(stock, backbone)
     return backbone
-
-
-def _geometry(backbone: CompressibleMixin) -> tuple[tuple[int, int], int]:
-    """Patch grid and number of prefix tokens of pm_seg's own backbones."""
-    if isinstance(backbone, PMVisionTransformer):
-        rows, columns = (s // backbone.patch_size for s in backbone.img_size)
-        return (rows, columns), int(backbone.with_cls_token)
-    return tuple(backbone.patch_resolution), backbone.num_extra_tokens
 
 
 def _mmseg_arguments(vit: SegViT) -> dict[str, Any]:
@@ -278,6 +269,15 @@ def _mmpretrain_class(
         f'a backbone of type {type(vit).__name__} is not supported; expected '
         f'{_SUPPORTED}'
     )
+
+
+def _mmpretrain_variant(vit: nn.Module) -> type[CompressibleMixin] | None:
+    """pm_seg's class for one of mmpretrain's other Vision Transformers."""
+    if not type(vit).__module__.startswith('mmpretrain.'):
+        return None
+    from .models.backbones import pretrain_variants
+
+    return getattr(pretrain_variants, f'PM{type(vit).__name__}', None)
 
 
 def _mmpretrain_arguments(vit: nn.Module) -> dict[str, Any]:
@@ -359,82 +359,3 @@ def _flat(outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs.float().flatten()
     return torch.cat([_flat(part) for part in outputs])
-
-
-class _Batches:
-    """A user's batches as dicts, from the start whenever gone through."""
-
-    def __init__(self, model: BaseModel, loader: Iterable) -> None:
-        if isinstance(loader, Iterator):
-            raise ValueError(
-                f'loader is a {type(loader).__name__}, which can be gone '
-                'through once only; pass a list of batches or a DataLoader'
-            )
-        self.model = model
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[dict]:
-        for batch in self.loader:
-            yield self._as_dict(batch)
-
-    def _as_dict(self, batch: Any) -> dict:
-        plain = isinstance(self.model, _Classification)
-        if isinstance(batch, Mapping) and 'inputs' in batch:
-            return dict(batch)
-        if isinstance(batch, Tensor) and plain:
-            return dict(inputs=batch, data_samples=None)
-        if isinstance(batch, (list, tuple)) and len(batch) == 2:
-            images, labels = batch
-            if isinstance(images, Tensor) and isinstance(labels, Tensor):
-                samples = labels if plain else self._samples(labels)
-                return dict(inputs=images, data_samples=samples)
-        expected = 'images or (images, labels)'
-        if not plain:
-            expected = 'dict(inputs=..., data_samples=...) or (images, labels)'
-        raise ValueError(
-            f'a batch is a {type(batch).__name__}'
-            f'{sorted(batch) if isinstance(batch, Mapping) else ""}; '
-            f'expected {expected}'
-        )
-
-    @staticmethod
-    def _samples(labels: Tensor) -> list:
-        """Labels as the heads of mmseg or mmpretrain read them."""
-        if labels.dim() == 3:
-            return [
-                SegDataSample(gt_sem_seg=PixelData(data=label[None]))
-                for label in labels
-            ]
-        if labels.dim() == 1 and find_spec('mmpretrain') is not None:
-            from mmpretrain.structures import DataSample
-
-            return [DataSample().set_gt_label(label) for label in labels]
-        raise ValueError(
-            f'labels have shape {tuple(labels.shape)}; expected maps '
-            '(B, H, W) for mmseg, classes (B,) for mmpretrain'
-        )
-
-
-class _Classification(BaseModel):
-    """A plain classifier in the form the engine scores and measures."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.backbone = model
-        self.loss = loss
-        self.to(next(model.parameters()).device)
-        self.train(model.training)
-
-    def forward(
-        self,
-        inputs: Tensor,
-        data_samples: Tensor | None = None,
-        mode: str = 'tensor',
-    ) -> Tensor | dict[str, Tensor]:
-        """Logits, or with mode='loss' the loss."""
-        logits = self.backbone(inputs)
-        if mode == 'tensor':
-            return logits
-        if data_samples is None:
-            data_samples = logits.detach().argmax(dim=-1)
-        return dict(loss=self.loss(logits, data_samples))

@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import init_default_scope
+from mmengine.utils import to_2tuple
 from mmseg.registry import MODELS
 from torch import nn
 
@@ -23,7 +24,7 @@ CONFIGS = sorted(
 )
 CLASSIFIERS = [n for n in CONFIGS if n.startswith('classification/')]
 SEGMENTERS = [n for n in CONFIGS if n not in CLASSIFIERS]
-HUGE = ('vit-b', 'vit-l', 'deit-b')
+HUGE = ('vit-b', 'vit-l', 'deit-b', 'v2-b', 'v3-b', 'siglip2-b')
 
 
 def read(name: str) -> Config:
@@ -41,7 +42,16 @@ def test_the_promised_configs_are_there() -> None:
         for data in ('cityscapes', 'pascal_context'):
             assert f'segmenter_vit-{size}_{data}.py' in CONFIGS
             assert f'segmenter_vit-{size}_pm_{data}.py' in CONFIGS
-    for name in ('deit-tiny', 'deit-small', 'deit-base', 'vit-base-mae'):
+    for model in ('dinov2-s', 'dinov2-b', 'dinov3-s', 'dinov3-b'):
+        for head in ('linear', 'segmenter'):
+            assert f'{head}_{model}_ade20k.py' in CONFIGS
+            assert f'{head}_{model}_pm_ade20k.py' in CONFIGS
+    assert 'upernet_eva02-s_ade20k.py' in CONFIGS
+    assert 'upernet_eva02-s_pm_ade20k.py' in CONFIGS
+    for name in (
+        'deit-tiny', 'deit-small', 'deit-base', 'vit-base-mae',
+        'siglip2-base',
+    ):  # fmt: skip
         assert f'classification/{name}_pm_in1k.py' in CONFIGS
     for data in ('cifar10', 'in1k_samples'):
         assert f'classification/vit-tiny_{data}.py' in CONFIGS
@@ -76,7 +86,10 @@ def build_and_run(name: str) -> None:
     with torch.no_grad():
         out = model(torch.zeros(1, 3, *size))
     classes = cfg.model.decode_head.num_classes
-    assert out.shape == (1, classes, size[0] // 16, size[1] // 16)
+    patch = to_2tuple(model.backbone.patch_size)[0]
+    scale = 4 if 'upernet' in name else 1
+    grid = [scale * length // patch for length in size]
+    assert out.shape == (1, classes, *grid)
     crop = next(
         step.crop_size
         for step in cfg.train_dataloader.dataset.pipeline
@@ -123,6 +136,7 @@ def test_pm_configs_differ_from_their_dense_twin_in_compression(name) -> None:
     pm, dense = read(name).model, read(name.replace('_pm_', '_')).model
     assert pm.backbone.pop('compression') and 'compression' not in dense
     dense.pop('pretrained', None)
+    dense.backbone.pop('pretrained', None)
     assert pm.pop('type') == 'Distilled' + dense.pop('type')
     teacher = pm.pop('teacher')
     if 'demo' not in name:
@@ -154,7 +168,12 @@ def test_the_papers_configs_are_ours_with_its_compression(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    'name', [n for n in CLASSIFIERS if 'vit-tiny_pm' in n]
+    'name',
+    [
+        n
+        for n in CLASSIFIERS
+        if 'vit-tiny_pm' in n or 'siglip2' in n and '_pm' in n
+    ],
 )
 def test_pm_classifiers_differ_from_their_dense_twin(name: str) -> None:
     pm, dense = read(name), read(name.replace('_pm_', '_'))
@@ -162,12 +181,16 @@ def test_pm_classifiers_differ_from_their_dense_twin(name: str) -> None:
     assert pm.model.pop('teacher') == dict(alpha=1.0, tau=1.0)
     assert pm.model.pop('type') == 'Distilled' + dense.model.pop('type')
     dense.model.backbone.pop('init_cfg', None)
+    dense.model.backbone.pop('pretrained', None)
     assert pm.model == dense.model
     assert pm.train_dataloader == dense.train_dataloader
     assert pm.test_dataloader == dense.test_dataloader
 
 
-@pytest.mark.parametrize('name', [n for n in CLASSIFIERS if '_in1k.py' in n])
+@pytest.mark.parametrize(
+    'name',
+    [n for n in CLASSIFIERS if '_in1k.py' in n and 'siglip2' not in n],
+)
 def test_classifiers_are_those_of_mmpretrain(name: str) -> None:
     """Architecture, pre-processing and checkpoint."""
     mmpretrain = pytest.importorskip('mmpretrain')
@@ -243,4 +266,8 @@ def test_fine_tuning_follows_the_paper(name: str) -> None:
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
     images = cfg.train_cfg.max_iters * cfg.auto_scale_lr.base_batch_size
     assert images / 20210 == pytest.approx(50, rel=0.02)
-    assert 'segmenter_vit-' in cfg.load_from
+    if 'vit-' in name:
+        assert 'segmenter_vit-' in cfg.load_from
+    else:
+        dense = Path(name.replace('_pm_', '_')).stem
+        assert cfg.load_from == f'work_dirs/{dense}/iter_40000.pth'

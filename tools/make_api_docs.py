@@ -29,6 +29,7 @@ SECTIONS = (
         'pm_seg.models',
         (
             'PMVisionTransformer',
+            'PMTimmVisionTransformer',
             'PMSegmenterMaskTransformerHead',
             'DistilledEncoderDecoder',
         ),
@@ -38,6 +39,11 @@ SECTIONS = (
         'mmpretrain',
         'pm_seg.models.backbones.pretrain_vit',
         ('PMVisionTransformer', 'PMDistilledVisionTransformer'),
+    ),
+    (
+        'mmpretrain: other backbones',
+        'pm_seg.models.backbones.pretrain_variants',
+        ('PMDeiT3', 'PMBEiTViT', 'PMViTEVA02'),
     ),
     (
         'mmpretrain: classifiers',

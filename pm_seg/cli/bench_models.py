@@ -69,8 +69,8 @@ def build_models(
             "with type='PMVisionTransformer'"
         )
     kind = own.get('type', 'pm')
-    native, grid = patch_grid(cfg), patch_grid(cfg, size)
-    patch = to_2tuple(cfg.model.backbone.get('patch_size', 16))
+    patch = patch_size(cfg)
+    native, grid = patch_grid(cfg, patch), patch_grid(cfg, patch, size)
     size = grid[0] * patch[0], grid[1] * patch[1]
     if not MMLogger.check_instance_created('pm_seg'):
         # No line for each weight, nor for each time a checkpoint is loaded.
@@ -112,11 +112,20 @@ def build_models(
     return models, missing
 
 
-def patch_grid(cfg: Config, size: Sequence[int] | None = None) -> Grid:
-    """Patch rows and columns, begun ones too; of the config's size if None."""
+def patch_size(cfg: Config) -> tuple[int, int]:
+    """Height and width of a patch; timm's models know it once built."""
     backbone = cfg.model.backbone
-    size = to_2tuple(size or backbone.get('img_size', 224))
-    patch = to_2tuple(backbone.get('patch_size', 16))
+    if 'model_name' in backbone:
+        backbone = {**backbone, 'compression': None}
+        return to_2tuple(MODELS.build(backbone).patch_size)
+    return to_2tuple(backbone.get('patch_size', 16))
+
+
+def patch_grid(
+    cfg: Config, patch: tuple[int, int], size: Sequence[int] | None = None
+) -> Grid:
+    """Patch rows and columns, begun ones too; of the config's size if None."""
+    size = to_2tuple(size or cfg.model.backbone.get('img_size', 224))
     return -(-size[0] // patch[0]), -(-size[1] // patch[1])
 
 
@@ -154,7 +163,8 @@ def _model_config(
     model = copy.deepcopy(cfg.model)
     model.backbone.img_size = size
     model.backbone.compression = copy.deepcopy(compression)
-    model.backbone.pop('init_cfg', None)
+    for source in ('init_cfg', 'pretrained'):
+        model.backbone.pop(source, None)
     model.pop('pretrained', None)
     if 'teacher' in model:
         model.teacher = None
@@ -182,7 +192,8 @@ def _reference(
         model.load_state_dict({**weights, **measured})
         return model
     model.load_state_dict(state)
-    model.backbone.pos_embed = nn.Parameter(weights[_POSITIONS].clone())
+    if _POSITIONS in weights:
+        model.backbone.pos_embed = nn.Parameter(weights[_POSITIONS].clone())
     return model
 
 

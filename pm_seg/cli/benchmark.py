@@ -237,7 +237,8 @@ def _write(path: str | None, results: list[dict]) -> None:
 def _shape(cfg: Config, args: argparse.Namespace) -> EncoderShape:
     """Of the config's backbone, whatever its compression is."""
     backbone = {**cfg.model.backbone, 'compression': dict(type='pm', keep=1.0)}
-    backbone.pop('init_cfg', None)
+    for source in ('init_cfg', 'pretrained'):
+        backbone.pop(source, None)
     if args.size:
         backbone['img_size'] = tuple(args.size)
     return MODELS.build(backbone).compressor.shape

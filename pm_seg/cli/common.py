@@ -314,6 +314,9 @@ def check_checkpoints(cfg: Config) -> None:
     model = cfg.model
     if model.get('pretrained'):
         model.pretrained = fetch_checkpoint(model.pretrained)
-    init_cfg = (model.get('backbone') or {}).get('init_cfg')
+    backbone = model.get('backbone') or {}
+    if isinstance(backbone.get('pretrained'), str):
+        backbone.pretrained = fetch_checkpoint(backbone.pretrained)
+    init_cfg = backbone.get('init_cfg')
     if isinstance(init_cfg, dict) and init_cfg.get('checkpoint'):
         init_cfg.checkpoint = fetch_checkpoint(init_cfg.checkpoint)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .merging import Grid, TokenGroups
+from .merging import Grid, TokenGroups, extra_of
 
 #: Gets layers, the group of each of their patch tokens, int64, (B or 1, N),
 #: None where all are on their own, and the grid; in the order they run.
@@ -25,14 +25,20 @@ class Layer(Protocol):
     two halves.
     """
 
-    def __call__(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, log_size: Tensor | None = None, *extra: Tensor
+    ) -> Tensor:
         """Run the layer on tokens (B, T, C).
 
         ``log_size``, float32, (B, T), is added to the attention logits of
         each key: a token counts as often as the patches it stands for.
+        ``extra``, of layers that take any, is the one tensor of
+        :meth:`Compressor.run` for these patch tokens.
         """
 
-    def attend(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+    def attend(
+        self, x: Tensor, log_size: Tensor | None = None, *extra: Tensor
+    ) -> Tensor:
         """The first half: attention and its shortcut."""
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -74,6 +80,8 @@ class EncoderShape:
         dims (int): C, channels of a token.
         key_dims (int): D, channels of a key.
         cost (LayerCost): Of each layer.
+        extra_dims (int): Channels that belong to a patch token beside its
+            own and merge with it, of all layers. Defaults to 0.
     """
 
     depth: int
@@ -82,6 +90,7 @@ class EncoderShape:
     dims: int
     key_dims: int
     cost: LayerCost
+    extra_dims: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -170,6 +179,10 @@ class Compressor(nn.Module):
         """
         raise NotImplementedError
 
+    def set_grid(self, grid: Grid) -> None:
+        """Count costs on another native grid; structures of positions stay
+        those of theirs."""
+
     def loads(self) -> list[LayerLoad]:
         """What each layer works on and costs, on the native grid."""
         raise NotImplementedError
@@ -195,6 +208,7 @@ class Compressor(nn.Module):
         x: Tensor,
         grid: Grid,
         outputs: Collection[int] = (),
+        extra: Tensor | None = None,
     ) -> Outputs:
         """Run all layers.
 
@@ -204,12 +218,16 @@ class Compressor(nn.Module):
             grid (tuple[int, int]): Patch rows and columns, N = h * w; any.
             outputs (Collection[int]): Layers after which all tokens are
                 wanted.
+            extra (Tensor, optional): What layers take beside each patch
+                token, such as rotary position tables: (N, E), the same for
+                all layers, or (L, heads, N, E). Merged tokens get the mean of
+                their patches, for each image: (B, 1 or heads, T, E).
 
         Raises:
             ValueError: If ``x`` does not have P + h * w tokens.
         """
         if not self._enabled:
-            return run_dense(layers, x, outputs)
+            return run_dense(layers, x, outputs, extra)
         expected = self.shape.num_prefix + grid[0] * grid[1]
         if x.shape[1] != expected:
             raise ValueError(
@@ -217,7 +235,7 @@ class Compressor(nn.Module):
                 f'{self.shape.num_prefix} prefix tokens and a '
                 f'{grid[0]}x{grid[1]} grid of patches'
             )
-        return self._run(layers, x, grid, outputs)
+        return self._run(layers, x, grid, outputs, extra)
 
     def _run(
         self,
@@ -225,6 +243,7 @@ class Compressor(nn.Module):
         x: Tensor,
         grid: Grid,
         outputs: Collection[int],
+        extra: Tensor | None,
     ) -> Outputs:
         raise NotImplementedError
 
@@ -234,12 +253,15 @@ class Compressor(nn.Module):
 
 
 def run_dense(
-    layers: Sequence[Layer], x: Tensor, outputs: Collection[int] = ()
+    layers: Sequence[Layer],
+    x: Tensor,
+    outputs: Collection[int] = (),
+    extra: Tensor | None = None,
 ) -> Outputs:
     """Run all layers on all tokens, see :meth:`Compressor.run`."""
     collected = {}
     for index, layer in enumerate(layers):
-        x = layer(x)
+        x = layer(x, None, *extra_of(extra, index))
         if index in outputs:
             collected[index] = x
     return Outputs(x, collected)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int]
@@ -149,6 +150,8 @@ class Chain:
     Args:
         x (Tensor): (B, P+N, C).
         num_prefix (int): P.
+        extra (Tensor, optional): See
+            :meth:`~pm_seg.core.compressor.Compressor.run`.
 
     Attributes:
         x (Tensor): Tokens now, (B, P+T, C).
@@ -156,8 +159,12 @@ class Chain:
         steps (list[Step]): Merges so far.
     """
 
-    def __init__(self, x: Tensor, num_prefix: int) -> None:
+    def __init__(
+        self, x: Tensor, num_prefix: int, extra: Tensor | None = None
+    ) -> None:
         self.x = x
+        self.extra = extra
+        self._rows: Tensor | None = None  # extra of merged tokens
         self.size = torch.ones(*x.shape[:2], 1, device=x.device)
         self.num_prefix = num_prefix
         self.steps: list[Step] = []
@@ -182,10 +189,32 @@ class Chain:
         """
         before, sizes = self.x, self.size
         self.x, self.size = merge.merge(before, sizes)
+        if self.extra is not None:
+            if self._rows is None:
+                rows = self.extra.reshape(-1, *self.extra.shape[-2:])
+                rows = rows.transpose(0, 1).flatten(1)  # (N, all channels)
+                rows = F.pad(rows, (0, 0, self.num_prefix, 0))
+                self._rows = rows.expand(len(before), -1, -1)
+            self._rows, _ = merge.merge(self._rows, sizes)
         start = sizes.flatten(0, 1).index_select(0, merge.kept)
         grown = self.size != start.view_as(self.size)
         gain = torch.where(grown, gain, 1.0)
         self.steps.append(Step(before, self.x, merge, gain))
+
+    def extra_of(self, layer: int) -> tuple[Tensor, ...]:
+        """What a layer gets beside the tokens, nothing if there is nothing.
+
+        Means of the groups, each patch counted once: (N, E) becomes
+        (B, 1, T, E), and (heads, N, E) of a layer (B, heads, T, E).
+        """
+        if self.extra is None or self._rows is None:
+            return extra_of(self.extra, layer)
+        rows = self._rows[:, self.num_prefix :]
+        rows = rows.unflatten(2, (-1, self.extra.shape[-1])).transpose(1, 2)
+        if self.extra.dim() == 2:
+            return (rows,)
+        heads = self.extra.shape[1]
+        return (rows[:, layer * heads : (layer + 1) * heads],)
 
     def restored(self, kind: str) -> Tensor:
         """All tokens as they are now, (B, P+N, C)."""
@@ -203,6 +232,18 @@ class Chain:
             return None
         places = [step.merge.place for step in self.steps]
         return TokenGroups(places, self.size, self.num_prefix)
+
+
+def extra_of(extra: Tensor | None, layer: int) -> tuple[Tensor, ...]:
+    """What a layer on all tokens gets beside them, (N, E) or (heads, N, E).
+
+    Args:
+        extra (Tensor, optional): (N, E), or (L, heads, N, E).
+        layer (int): Its index.
+    """
+    if extra is None:
+        return ()
+    return (extra if extra.dim() == 2 else extra[layer],)
 
 
 def spread_rows(z: Tensor, place: Tensor) -> Tensor:

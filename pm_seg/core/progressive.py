@@ -142,6 +142,11 @@ class ProgressiveCompressor(Compressor):
         trains = self.restore == 'residual' and keep < 1 and self._whole
         self.gain.requires_grad_(trains)
 
+    def set_grid(self, grid: Grid) -> None:
+        self.shape = replace(self.shape, grid=grid)
+        self.schedule = replace(self.schedule, shape=self.shape)
+        self.set_keep(self.keep)
+
     @property
     def compressed(self) -> bool:
         return self._settled
@@ -202,17 +207,22 @@ class ProgressiveCompressor(Compressor):
         x: Tensor,
         grid: Grid,
         outputs: Collection[int],
+        extra: Tensor | None,
     ) -> Outputs:
-        chain, collected = Chain(x, self.shape.num_prefix), {}
+        chain, collected = Chain(x, self.shape.num_prefix, extra), {}
         for index, (layer, left) in enumerate(zip(layers, self.tokens(grid))):
             if self.schedule.between:
                 keys = chain.x
-                chain.x = layer.attend(keys, self._log_size(chain))
+                chain.x = layer.attend(
+                    keys, self._log_size(chain), *chain.extra_of(index)
+                )
                 self._shrink(chain, index, left, layer, grid, keys)
                 chain.x = layer.feed_forward(chain.x)
             else:
                 self._shrink(chain, index, left, layer, grid)
-                chain.x = layer(chain.x, self._log_size(chain))
+                chain.x = layer(
+                    chain.x, self._log_size(chain), *chain.extra_of(index)
+                )
             if self.observer is not None:
                 groups = chain.groups()
                 self._observe(index, groups and groups.place, grid)

@@ -170,7 +170,7 @@ class Schedule:
                 macs += before * self.found + pairs * self.compared
                 # kept, moved from, moved to, added; restored
                 rows = prefix + before + 2 * merged + prefix + before
-                macs += rows * dims
+                macs += rows * (dims + shape.extra_dims)
                 before -= merged
             loads.append(LayerLoad(attended, after, macs))
         return loads

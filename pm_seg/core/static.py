@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compressor import EncoderShape, Layer, Outputs, check_option
-from .merging import Grid
+from .merging import Grid, extra_of, sum_rows
 from .positional import PositionalCompressor
 from .structure import PRUNED
 from .token_map import DenseTokenMap, TokenMap
@@ -106,8 +106,8 @@ class StaticCompressor(PositionalCompressor):
             passes = 2 * (prefix + groups) + 1
         elif groups < tokens:
             passes = 2
-        around = passes * (prefix + tokens) * self.shape.dims
-        return self.shape.cost(prefix + groups) + around
+        dims = passes * self.shape.dims + (passes > 0) * self.shape.extra_dims
+        return self.shape.cost(prefix + groups) + (prefix + tokens) * dims
 
     # ------------------------------------------------------------------ run
 
@@ -117,14 +117,18 @@ class StaticCompressor(PositionalCompressor):
         x: Tensor,
         grid: Grid,
         outputs: Collection[int],
+        extra: Tensor | None,
     ) -> Outputs:
         collected = {}
         for index, token_map in enumerate(self.token_maps(grid)):
-            group = None
+            group, layer = None, layers[index]
+            own = extra_of(extra, index)
             if token_map is None:
-                x = layers[index](x)
+                x = layer(x, None, *own)
             else:
-                x = token_map.restore(x, layers[index](token_map.merge(x)))
+                own = [self._mean(token_map, rows) for rows in own]
+                z = token_map.merge(x)
+                x = token_map.restore(x, layer(z, None, *own))
             if self.observer is not None:
                 if token_map is not None:
                     group = token_map.groups(self.shape.num_prefix)[None]
@@ -132,6 +136,20 @@ class StaticCompressor(PositionalCompressor):
             if index in outputs:
                 collected[index] = x
         return Outputs(x, collected)
+
+    def _mean(
+        self, token_map: TokenMap | DenseTokenMap, rows: Tensor
+    ) -> Tensor:
+        """Mean of the members of each group, (..., N, E) -> (..., K, E)."""
+        prefix = self.shape.num_prefix
+        group = token_map.groups(prefix)
+        each = rows.reshape(-1, *rows.shape[-2:])
+        live = (group >= 0).to(rows.dtype).view(1, -1, 1)
+        place = group.clamp_min(0).expand(len(each), -1)
+        groups = token_map.num_merged - prefix
+        total = sum_rows(each * live, place, groups)
+        count = sum_rows(live, place[:1], groups).clamp_min(1)
+        return (total / count).view(*rows.shape[:-2], groups, -1)
 
     def token_maps(self, grid: Grid) -> list[TokenMap | DenseTokenMap | None]:
         """The token map of each layer, None where it runs on all tokens.

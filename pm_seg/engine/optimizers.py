@@ -7,6 +7,9 @@ from torch import nn
 
 from ..registry import register
 
+_TOKENS = ('cls_token', 'dist_token', 'reg_token', 'pos_embed')
+_EMBEDDING = (*_TOKENS, 'patch_embed', 'rope', 'norm_pre')
+
 
 def layer_index(name: str, depth: int) -> int:
     """0 for the embedding, 1..depth for the layers, depth + 1 for the rest.
@@ -18,10 +21,11 @@ def layer_index(name: str, depth: int) -> int:
     parts = name.split('.')
     if parts[0] != 'backbone':
         return depth + 1
-    if parts[1] in ('cls_token', 'dist_token', 'pos_embed', 'patch_embed'):
+    parts = [part for part in parts[1:] if part != 'timm_model']
+    if parts[0] in _EMBEDDING:
         return 0
-    if parts[1] == 'layers':
-        return int(parts[2]) + 1
+    if parts[0] in ('layers', 'blocks'):
+        return int(parts[1]) + 1
     return depth + 1
 
 
@@ -71,7 +75,7 @@ class PMLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             decays = (
                 parameter.dim() > 1
                 and not token_map
-                and not name.endswith(('pos_embed', 'cls_token', 'dist_token'))
+                and not name.endswith(_TOKENS)
             )
             group = groups.setdefault(
                 (scale, decays),

@@ -33,7 +33,8 @@ def native_images(model: BaseModel) -> torch.Tensor:
     """One image of the size the model was built for, zeros."""
     backbone = model.backbone
     size = getattr(backbone, 'img_size', None)
-    size = to_2tuple(size or backbone.patch_embed.img_size)  # timm
+    vit = getattr(backbone, 'model', backbone)  # timm's with features_only
+    size = to_2tuple(size or vit.patch_embed.img_size)
     return torch.zeros(1, 3, *size, device=next(model.parameters()).device)
 
 

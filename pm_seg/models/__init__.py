@@ -1,9 +1,10 @@
-from .backbones import PMVisionTransformer
+from .backbones import PMTimmVisionTransformer, PMVisionTransformer
 from .decode_heads import PMSegmenterMaskTransformerHead
 from .segmentors import DistilledEncoderDecoder
 
 __all__ = [
     'DistilledEncoderDecoder',
     'PMSegmenterMaskTransformerHead',
+    'PMTimmVisionTransformer',
     'PMVisionTransformer',
 ]

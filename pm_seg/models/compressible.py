@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -27,6 +28,25 @@ def check_patches(size: Sequence[int], patch: Sequence[int]) -> None:
         )
 
 
+def check_arguments(owner: object, stock: type, given: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless a stock backbone has all these arguments.
+
+    Args:
+        owner (object): A backbone of ours.
+        stock (type): Whose arguments it takes.
+        given (Iterable[str]): Their names.
+    """
+    unknown = sorted(set(given) - set(inspect.signature(stock).parameters))
+    if unknown:
+        name, package = type(owner).__name__, stock.__module__.split('.')[0]
+        other = {'mmseg': 'mmpretrain', 'mmpretrain': 'mmseg'}[package]
+        raise ValueError(
+            f'{package}.{name} has no argument {", ".join(unknown)}; it takes '
+            f'those of {package}.{stock.__name__}: leave out what belongs to '
+            f"another backbone, or write type='{other}.{name}'"
+        )
+
+
 class CompressibleMixin(StrictLoading):
     """For modules with ``layers``, run on P prefix and h x w patch tokens.
 
@@ -41,8 +61,15 @@ class CompressibleMixin(StrictLoading):
     #: Options where a ``compression`` dict is silent.
     default_compression: Mapping[str, object] = {}
 
+    #: Whether the outputs are of prefix tokens alone.
+    reads_prefix = False
+
     def build_compressor(
-        self, compression: dict | None, grid: Grid, num_prefix: int
+        self,
+        compression: dict | None,
+        grid: Grid,
+        num_prefix: int,
+        extra_dims: int = 0,
     ) -> None:
         """Create ``self.compressor`` from the user's ``compression`` dict.
 
@@ -50,20 +77,27 @@ class CompressibleMixin(StrictLoading):
             ValueError: On an unknown type, an unknown option or a value out
                 of range.
         """
+        self.geometry = (grid, num_prefix, extra_dims)
         self.compressor = None
         if compression is not None:
-            shape = encoder_shape(self.blocks, grid, num_prefix)
+            shape = encoder_shape(self.blocks, *self.geometry)
             self.compressor = make_compressor(
                 compression, shape, self.default_compression
             )
+            if self.reads_prefix:
+                self.compressor.leave_merged()
 
     def run_layers(
-        self, x: Tensor, grid: Grid, outputs: Sequence[int] = ()
+        self,
+        x: Tensor,
+        grid: Grid,
+        outputs: Sequence[int] = (),
+        extra: Tensor | None = None,
     ) -> Outputs:
         """Run all layers, see :meth:`pm_seg.core.Compressor.run`."""
         if self.compressor is None:
-            return run_dense(self.layers, x, outputs)
-        return self.compressor.run(self.layers, x, grid, outputs)
+            return run_dense(self.layers, x, outputs, extra)
+        return self.compressor.run(self.layers, x, grid, outputs, extra)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

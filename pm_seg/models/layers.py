@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ def fused_attention(
     value_tap: nn.Module,
     log_size: Tensor | None = None,
     dropout: float = 0.0,
+    rotate: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Multi-head self-attention on ``F.scaled_dot_product_attention``.
 
@@ -32,6 +33,8 @@ def fused_attention(
         log_size (Tensor, optional): Added to the attention logits of each
             key, (B, T): a token counts as often as the patches it stands for.
         dropout (float): Rate on the attention weights. Defaults to 0.
+        rotate (Callable, optional): Of queries and of keys, (B, heads, T, D),
+            by their positions.
 
     Returns:
         Tensor: (B, T, C), before the output projection.
@@ -39,6 +42,8 @@ def fused_attention(
     batch, tokens, _ = qkv.shape
     qkv = qkv.view(batch, tokens, 3, num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D)
+    if rotate is not None:
+        q, k = rotate(q), rotate(k)
     out = size_aware_attention(q, k, value_tap(v), log_size, dropout)
     return out.transpose(1, 2).flatten(2)
 
@@ -124,9 +129,17 @@ def mean_keys(
     Returns:
         Tensor: (B, T, D).
     """
-    key = weight.chunk(3)[1].unflatten(0, (num_heads, -1)).mean(0)
+    bias = bias if bias is None else bias.chunk(3)[1]
+    return mean_heads(x, weight.chunk(3)[1], bias, num_heads)
+
+
+def mean_heads(
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int
+) -> Tensor:
+    """:func:`mean_keys` by the weight (heads * D, C) and bias of keys."""
+    key = weight.unflatten(0, (num_heads, -1)).mean(0)
     if bias is not None:
-        bias = bias.chunk(3)[1].unflatten(0, (num_heads, -1)).mean(0)
+        bias = bias.unflatten(0, (num_heads, -1)).mean(0)
     return F.linear(x, key, bias)
 
 
@@ -224,12 +237,12 @@ class PMTransformerEncoderLayer(TransformerEncoderLayer):
 
 
 def run_halves(
-    layer: Layer, x: Tensor, log_size: Tensor | None = None
+    layer: Layer, x: Tensor, log_size: Tensor | None = None, *extra: Tensor
 ) -> Tensor:
     """Both halves of a layer, with activation checkpointing if it says so."""
 
     def run(x: Tensor) -> Tensor:
-        return layer.feed_forward(layer.attend(x, log_size))
+        return layer.feed_forward(layer.attend(x, log_size, *extra))
 
     if layer.with_cp and torch.is_grad_enabled():
         return cp.checkpoint(run, x, use_reentrant=False)
@@ -237,7 +250,10 @@ def run_halves(
 
 
 def encoder_shape(
-    layers: Sequence[nn.Module], grid: Grid, num_prefix: int
+    layers: Sequence[nn.Module],
+    grid: Grid,
+    num_prefix: int,
+    extra_dims: int = 0,
 ) -> EncoderShape:
     """Sizes and costs of a transformer.
 
@@ -247,16 +263,22 @@ def encoder_shape(
             its two products.
         grid (tuple[int, int]): Patch rows and columns.
         num_prefix (int): P.
+        extra_dims (int): See :class:`~pm_seg.core.EncoderShape`.
     """
-    layer, attention = layers[0], layers[0].attn
+    attention = layers[0].attn
     if hasattr(attention, 'embed_dims'):
-        dims, heads = attention.embed_dims, attention.num_heads
+        dims = attention.embed_dims
+        key_dims = dims // attention.num_heads
     else:  # timm
-        dims, heads = attention.qkv.in_features, attention.num_heads
-    inside = _matrices(attention)
-    cost = LayerCost(inside, _matrices(layer) - inside, 2 * dims)
+        dims, key_dims = attention.proj.out_features, attention.head_dim
+    depth, inside = len(layers), sum(_matrices(la.attn) for la in layers)
+    cost = LayerCost(
+        inside / depth,
+        (sum(map(_matrices, layers)) - inside) / depth,
+        2 * key_dims * attention.num_heads,
+    )
     return EncoderShape(
-        len(layers), grid, num_prefix, dims, dims // heads, cost
+        depth, grid, num_prefix, dims, key_dims, cost, extra_dims
     )
 
 

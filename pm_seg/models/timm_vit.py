@@ -1,201 +1,262 @@
-"""timm's Vision Transformers with token compression."""
+"""timm's plain Vision Transformers with token compression.
+
+``VisionTransformer`` (ViT, DeiT, DINOv2, SigLIP, CLIP) and ``Eva`` (DINOv3,
+EVA-02, ``rope_*``, Perception Encoder), with rotary position tables or
+without.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
-from ..core import CLASSIFICATION
+from ..core import CLASSIFICATION, Outputs
 from ..core.merging import Grid
-from .compressible import CompressibleMixin
-from .layers import mean_keys, size_aware_attention
+from .timm_layers import TimmLayers
+
+SUPPORTED = (
+    "timm's VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP) or Eva "
+    '(DINOv3, EVA-02, rope_*)'
+)
 
 
-class QkvTap:
-    """The values of a timm attention, as :class:`ScoreRecorder` taps them.
-
-    timm computes queries, keys and values in one linear layer. Hooks see and
-    may replace the values alone, (B, heads, T, D).
-
-    Args:
-        attention (nn.Module): With ``qkv``, ``num_heads`` and ``head_dim``.
-    """
-
-    def __init__(self, attention: nn.Module) -> None:
-        self.attention = attention
-
-    def register_forward_hook(
-        self, hook: Callable[[nn.Module, tuple, Tensor], Tensor | None]
-    ) -> torch.utils.hooks.RemovableHandle:
-        """As that of a module whose output are the values."""
-        heads = (self.attention.num_heads, self.attention.head_dim)
-
-        def watch(module: nn.Module, args: tuple, qkv: Tensor) -> Tensor:
-            q, k, v = qkv.chunk(3, dim=-1)
-            value = v.unflatten(-1, heads).transpose(1, 2)
-            watched = hook(module, args, value)
-            if watched is not None:
-                v = watched.transpose(1, 2).flatten(2)
-            return torch.cat([q, k, v], dim=-1)
-
-        return self.attention.qkv.register_forward_hook(watch)
-
-
-class TimmLayer:
-    """A timm ``Block`` as :class:`~pm_seg.core.Layer`; parameters stay there.
-
-    Args:
-        block (nn.Module): With timm's ``Attention``.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-
-    def __call__(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
-        if log_size is None:
-            return self.block(x)
-        return self.feed_forward(self.attend(x, log_size))
-
-    def attend(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
-        block, attn = self.block, self.block.attn
-        heads = (3, attn.num_heads, attn.head_dim)
-        qkv = attn.qkv(block.norm1(x)).unflatten(2, heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D)
-        rate = attn.attn_drop.p if attn.training else 0.0
-        out = size_aware_attention(
-            attn.q_norm(q), attn.k_norm(k), v, log_size, rate
-        )
-        out = attn.norm(out.transpose(1, 2).flatten(2))
-        out = attn.proj_drop(attn.proj(out))
-        return x + block.drop_path1(block.ls1(out))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        block = self.block
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-    def mean_keys(self, x: Tensor) -> Tensor:
-        attn = self.block.attn
-        return mean_keys(
-            self.block.norm1(x), attn.qkv.weight, attn.qkv.bias, attn.num_heads
-        )
-
-
-class CompressedBlocks(CompressibleMixin, nn.Module):
-    """The blocks of a timm Vision Transformer, run through a compressor.
+class CompressedBlocks(TimmLayers, nn.Module):
+    """The blocks of a timm Vision Transformer and their compressor.
 
     Takes the place of ``model.blocks``; the blocks keep their names, so that
-    timm's checkpoints load. Blocks run as a whole: what takes single blocks
-    (``forward_intermediates``, attention masks) raises ``RuntimeError``.
+    timm's checkpoints load. What would run single blocks gets a
+    ``RuntimeError``.
 
     Args:
-        blocks (nn.Sequential): The model's own blocks.
-        grid (tuple[int, int]): Patch rows and columns.
-        num_prefix (int): Class, register and distillation tokens.
+        model (nn.Module): The blocks' model.
         compression (dict): See :func:`pm_seg.core.make_compressor`.
     """
 
     own_keys = ('compressor.',)
     default_compression = CLASSIFICATION
 
-    def __init__(
-        self,
-        blocks: nn.Sequential,
-        grid: Grid,
-        num_prefix: int,
-        compression: dict,
-    ) -> None:
+    def __init__(self, model: nn.Module, compression: dict) -> None:
         super().__init__()
-        self.depth = len(blocks)
-        for index, block in enumerate(blocks):
+        self.depth = len(model.blocks)
+        for index, block in enumerate(model.blocks):
             self.add_module(str(index), block)
-        self.build_compressor(compression, grid, num_prefix)
+        self.build_compressor(compression, **geometry(model))
 
     @property
     def blocks(self) -> list[nn.Module]:
         """timm's blocks."""
         return [self.get_submodule(str(i)) for i in range(self.depth)]
 
-    @property
-    def layers(self) -> list[TimmLayer]:
-        """The blocks as a compressor calls them."""
-        return [TimmLayer(block) for block in self.blocks]
-
-    @property
-    def score_taps(self) -> list[QkvTap]:
-        """See :class:`QkvTap`."""
-        return [QkvTap(block.attn) for block in self.blocks]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run all blocks on tokens of the native grid, (B, P+N, C)."""
-        return self.run_layers(x, self.compressor.shape.grid).last
-
     def __len__(self) -> int:
         return self.depth
 
     def __iter__(self) -> Iterator[nn.Module]:
-        self._refuse()
+        self.forward()
 
     def __getitem__(self, index: int) -> nn.Module:
-        self._refuse()
+        self.forward()
 
-    def _refuse(self) -> NoReturn:
+    def forward(self, *args, **kwargs) -> NoReturn:
         raise RuntimeError(
-            'compressed blocks run as a whole: forward, forward_features and '
-            'forward_head work, single blocks (forward_intermediates, '
-            'attn_mask, grad checkpointing) do not. The blocks themselves '
-            'are model.blocks.blocks'
+            'compressed blocks run as a whole, from the model '
+            '(forward_features, forward_intermediates), not one by one; '
+            'the blocks themselves are model.blocks.blocks'
         )
 
 
-def compress_timm_blocks(model: nn.Module, compression: dict) -> None:
-    """Let a timm Vision Transformer run its blocks compressed, in place.
+class CompressedMixin:
+    """What runs a timm model's blocks as a whole instead of one by one.
+
+    Mixed into the class of a model, as ``torch.nn.utils.parametrize`` and
+    ``fully_shard`` do: everything else stays timm's, names included.
+    """
+
+    def _run(
+        self,
+        images: Tensor,
+        outputs: Sequence[int] = (),
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Outputs, Grid]:
+        if attn_mask is not None or is_causal:
+            raise ValueError(
+                'attention masks are of single tokens, and here tokens are '
+                'merged; leave attn_mask and is_causal out'
+            )
+        x, grid, rope = embed(self, images)
+        return self.blocks.run_layers(x, grid, outputs, rope), grid
+
+    def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """As timm's, (B, 3, H, W) -> (B, P+N, C)."""
+        return self.norm(self._run(x, (), *args, **kwargs)[0].last)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As timm's; ``stop_early`` makes no difference."""
+        from timm.models._features import feature_take_indices
+
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(
+                f"output_fmt={output_fmt!r} must be one of ('NCHW', 'NLC')"
+            )
+        taken, _ = feature_take_indices(len(self.blocks), indices)
+        found, grid = self._run(x, taken, attn_mask, is_causal)
+        outs = [found.layers[index] for index in sorted(found.layers)]
+        outs = [self.norm(out) if norm else out for out in outs]
+        count = self.num_prefix_tokens
+        prefix = [out[:, :count] for out in outs]
+        maps = [out[:, count:] for out in outs]
+        if output_fmt == 'NCHW':
+            maps = [out.mT.unflatten(2, grid).contiguous() for out in maps]
+        with_prefix = return_prefix_tokens and count > 0
+        if output_dict:
+            outputs = dict(image_intermediates=maps)
+            if with_prefix:
+                outputs['image_intermediates_prefix'] = prefix
+            if not intermediates_only:
+                outputs['image_features'] = self.norm(found.last)
+            return outputs
+        maps = list(zip(maps, prefix)) if with_prefix else maps
+        return maps if intermediates_only else (self.norm(found.last), maps)
+
+    def set_input_size(self, *args, **kwargs) -> None:
+        """As timm's."""
+        super().set_input_size(*args, **kwargs)
+        self.blocks.compressor.set_grid(tuple(self.patch_embed.grid_size))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As timm's."""
+        super().set_grad_checkpointing(enable)
+        self.blocks.with_cp = enable
+
+    def __reduce__(self) -> tuple:
+        return _blank, (type(self).__mro__[2],), self.__dict__
+
+
+@cache
+def _compressed_class(kind: type) -> type:
+    name = f'Compressed{kind.__name__}'
+    return type(name, (CompressedMixin, kind), {'__module__': __name__})
+
+
+def _blank(kind: type) -> nn.Module:
+    kind = _compressed_class(kind)
+    return kind.__new__(kind)
+
+
+def embed(
+    model: nn.Module, images: Tensor
+) -> tuple[Tensor, Grid, Tensor | None]:
+    """What the blocks of a timm model get.
 
     Args:
-        model (timm.models.VisionTransformer): Or a subclass, as DeiT's.
-        compression (dict): See :func:`pm_seg.core.make_compressor`.
+        model (nn.Module): ``VisionTransformer`` or ``Eva``.
+        images (Tensor): (B, 3, H, W).
 
-    Raises:
-        ValueError: If the model does something that compression does not
-            know, or an option is wrong.
+    Returns:
+        tuple: Tokens (B, P+N, C), the grid (h, w), and the rotary position
+        tables, (N, 2D) or (L, heads, N, 2D), None if there are none.
     """
-    problem = _problem(model)
-    if problem:
-        raise ValueError(f'{type(model).__name__}: {problem}')
-    model.blocks = CompressedBlocks(
-        model.blocks,
-        tuple(model.patch_embed.grid_size),
-        model.num_prefix_tokens,
-        compression,
+    height, width = images.shape[-2:]
+    grid = model.patch_embed.dynamic_feat_size((height, width))
+    x, rope = model._pos_embed(model.patch_embed(images)), None
+    if isinstance(x, tuple):
+        x, rope = x
+    return model.norm_pre(x), grid, rope
+
+
+def geometry(model: nn.Module) -> dict[str, Any]:
+    """Arguments of ``build_compressor`` for a timm model."""
+    grid, rope = tuple(model.patch_embed.grid_size), None
+    if getattr(model, 'rope', None) is not None:
+        rope = model.rope.get_embed(shape=grid)
+    return dict(
+        grid=grid,
+        num_prefix=model.num_prefix_tokens,
+        extra_dims=0 if rope is None else rope.numel() // rope.shape[-2],
     )
 
 
+def find_timm_vit(model: nn.Module) -> nn.Module | None:
+    """The Vision Transformer that a timm model is, or takes features from.
+
+    None if it is not timm's.
+
+    Raises:
+        ValueError: If it is of another architecture.
+    """
+    timm = sys.modules.get('timm')
+    if timm is None:
+        return None
+    getter = type(model).__name__ == 'FeatureGetterNet'
+    vit = model.model if getter else model
+    if isinstance(vit, (timm.models.VisionTransformer, timm.models.Eva)):
+        return vit
+    if not type(model).__module__.startswith('timm.'):
+        return None
+    raise ValueError(
+        f'{type(vit).__name__} of timm is not supported, expected {SUPPORTED}:'
+        ' windows, pooling between layers and relative position biases need '
+        'the whole grid of tokens'
+    )
+
+
+def compress_timm_vit(model: nn.Module, compression: dict) -> None:
+    """Let a timm Vision Transformer run compressed, in place.
+
+    Args:
+        model (nn.Module): What :func:`find_timm_vit` finds.
+        compression (dict): See :func:`pm_seg.core.make_compressor`.
+
+    Raises:
+        ValueError: If its parts are of an unknown kind or an option is wrong.
+    """
+    check_timm_vit(model)
+    blocks = CompressedBlocks(model, compression)
+    blocks.with_cp = model.grad_checkpointing
+    model.blocks = blocks.to(next(model.parameters()))
+    model.__class__ = _compressed_class(type(model))
+
+
+def check_timm_vit(model: nn.Module) -> None:
+    """Raise ``ValueError`` if something stands against compressing it."""
+    problem = _problem(model)
+    if problem:
+        raise ValueError(f'{type(model).__name__}: {problem}')
+
+
 def _problem(model: nn.Module) -> str | None:
-    """What stands against compressing this model, None if nothing."""
-    from timm.layers import Attention
+    from timm.layers import Attention, AttentionRope
+    from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
     from timm.models.vision_transformer import Block
 
     if isinstance(model.blocks, CompressedBlocks):
         return 'is compressible already; start from the timm model'
     for block in model.blocks:
-        if type(block) is not Block or type(block.attn) is not Attention:
+        attn = getattr(block, 'attn', None)
+        if type(block) not in (Block, EvaBlock, EvaBlockPostNorm) or type(
+            attn
+        ) not in (Attention, EvaAttention, AttentionRope):
             return (
-                "needs timm's Block with its Attention, got "
-                f'{type(block).__name__} with '
-                f'{type(getattr(block, "attn", None)).__name__}'
+                "needs timm's Block with its Attention, or EvaBlock, got "
+                f'{type(block).__name__} with {type(attn).__name__}; choose '
+                'a model of plain sequential blocks'
             )
-        if getattr(block.attn, 'gate', None) is not None:
-            return 'gated attention is not known here'
-    if getattr(model, 'dynamic_img_size', False):
-        return (
-            'dynamic_img_size=True does not tell the blocks their grid; '
-            'create the model with dynamic_img_size=False and the img_size '
-            'you need'
-        )
-    if not isinstance(getattr(model, 'patch_drop', None), nn.Identity):
+    if getattr(getattr(model, 'patch_drop', None), 'prob', 0):
         return 'patch_drop_rate takes tokens off the grid; set it to 0'
-    if model.grad_checkpointing:
-        return 'call set_grad_checkpointing(False) before compressing'
     return None

@@ -1,3 +1,4 @@
+from .timm_backbone import PMTimmVisionTransformer
 from .vit import PMVisionTransformer
 
-__all__ = ['PMVisionTransformer']
+__all__ = ['PMTimmVisionTransformer', 'PMVisionTransformer']

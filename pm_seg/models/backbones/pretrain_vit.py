@@ -20,7 +20,11 @@ from torch import Tensor, nn
 
 from ...core import CLASSIFICATION
 from ...core.merging import Grid
-from ..compressible import CompressibleMixin, check_patches
+from ..compressible import (
+    CompressibleMixin,
+    check_arguments,
+    check_patches,
+)
 from ..layers import fused_attention, mean_keys, run_halves
 
 _OUTPUT_NORMS = ('ln1.', 'ln2.')
@@ -130,6 +134,7 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         depth = settings['num_layers']
         norm_cfg = norm_cfg or dict(type='LN', eps=1e-6)
         check_patches(to_2tuple(img_size), to_2tuple(patch_size))
+        check_arguments(self, VisionTransformer, kwargs)
         # The base class builds everything but the layers.
         super().__init__(
             arch={**settings, 'num_layers': 0},
@@ -168,11 +173,14 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         self.build_compressor(
             compression, (height, width), self.num_extra_tokens
         )
-        if self.compressor and self.out_type == 'cls_token':
-            self.compressor.leave_merged()
         self.frozen_stages = frozen_stages
         if frozen_stages > 0:
             self._freeze_stages()
+
+    @property
+    def reads_prefix(self) -> bool:
+        """See :class:`~pm_seg.models.compressible.CompressibleMixin`."""
+        return self.out_type == 'cls_token'
 
     def _arch_settings(self, arch: str | dict) -> dict:
         if isinstance(arch, str):

@@ -12,7 +12,11 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from ...core.merging import Grid
-from ..compressible import CompressibleMixin, check_patches
+from ..compressible import (
+    CompressibleMixin,
+    check_arguments,
+    check_patches,
+)
 from ..features import FeatureMaps
 from ..layers import append_layers
 
@@ -87,6 +91,7 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         if out_indices == -1:
             out_indices = num_layers - 1
         check_patches(to_2tuple(img_size), to_2tuple(patch_size))
+        check_arguments(self, VisionTransformer, kwargs)
         # The base class builds everything but the layers.
         super().__init__(
             img_size=img_size,

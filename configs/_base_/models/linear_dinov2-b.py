@@ -1,0 +1,5 @@
+_base_ = './linear_dinov2-s.py'
+model = dict(
+    backbone=dict(model_name='vit_base_patch14_dinov2.lvd142m'),
+    decode_head=dict(in_channels=768, channels=768),
+)
