@@ -275,9 +275,9 @@ def _mmpretrain_variant(vit: nn.Module) -> type[CompressibleMixin] | None:
     """pm_seg's class for one of mmpretrain's other Vision Transformers."""
     if not type(vit).__module__.startswith('mmpretrain.'):
         return None
-    from .models.backbones import pretrain_variants
+    from .models.backbones.pretrain_variants import VARIANTS
 
-    return getattr(pretrain_variants, f'PM{type(vit).__name__}', None)
+    return VARIANTS.get(type(vit))
 
 
 def _mmpretrain_arguments(vit: nn.Module) -> dict[str, Any]:

@@ -89,17 +89,9 @@ def test_timm_without_labels_uses_its_own_predictions() -> None:
     assert not torch.allclose(found[0], found[2])
 
 
-def test_timm_parts_that_run_single_blocks_say_so() -> None:
-    small = pm_seg.compress_model(timm_model(), keep=0.8)
-    with pytest.raises(RuntimeError, match='run as a whole'):
-        small.forward_intermediates(images())
-
-
 @pytest.mark.parametrize(
     ('options', 'compression', 'message'),
     [
-        (dict(num_classes=0), {}, 'no classifier'),
-        (dict(dynamic_img_size=True), {}, 'dynamic_img_size=False'),
         (dict(patch_drop_rate=0.5), {}, 'patch_drop_rate'),
         ({}, dict(keeep=0.5), "keeep=0.5; did you mean 'keep'"),
     ],

@@ -172,8 +172,8 @@ def embed(
         tuple: Tokens (B, P+N, C), the grid (h, w), and the rotary position
         tables, (N, 2D) or (L, heads, N, 2D), None if there are none.
     """
-    height, width = images.shape[-2:]
-    grid = model.patch_embed.dynamic_feat_size((height, width))
+    size = tuple(int(length) for length in images.shape[-2:])
+    grid = model.patch_embed.dynamic_feat_size(size)
     x, rope = model._pos_embed(model.patch_embed(images)), None
     if isinstance(x, tuple):
         x, rope = x

@@ -233,3 +233,7 @@ class PMViTEVA02(_Variant, ViTEVA02):
     """mmpretrain's ``ViTEVA02``, see :class:`_Variant`."""
 
     layer_class = PMEVA02Layer
+
+
+#: pm_seg's class for each stock one.
+VARIANTS = {DeiT3: PMDeiT3, BEiTViT: PMBEiTViT, ViTEVA02: PMViTEVA02}

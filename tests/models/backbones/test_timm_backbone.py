@@ -90,6 +90,7 @@ HEADS = {
         in_index=[0, 1, 2, 3],
         embed_dims=48,
         channels=16,
+        input_transform='multiple_select',
         post_process_channels=[8, 8, 16, 16],
         readout_type='project',
         out_type='featmap_cls',
