@@ -24,7 +24,7 @@ CONFIGS = sorted(
 )
 CLASSIFIERS = [n for n in CONFIGS if n.startswith('classification/')]
 SEGMENTERS = [n for n in CONFIGS if n not in CLASSIFIERS]
-HUGE = ('vit-b', 'vit-l', 'deit-b', 'v2-b', 'v3-b', 'siglip2-b')
+HUGE = ('vit-b', 'vit-l', 'deit-b', 'v2-b', 'v3-b', 'siglip2-b', 'upernet')
 
 
 def read(name: str) -> Config:

@@ -146,3 +146,79 @@ def test_slurm_starts_as_asked(tmp_path: Path) -> None:
         'python -u tools/train.py CONFIG --launcher slurm',
     ):
         assert part in result.stdout
+
+
+DINOV3 = f'{HOWTO}/compress_my_dinov3_segmenter.md'
+
+
+@pytest.fixture(scope='module')
+def dinov3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the commands of a page print, on two layers and iterations."""
+    pytest.importorskip('timm')
+    folder, printed = tmp_path_factory.mktemp('dinov3'), {}
+    for name in ('configs', 'tools', 'pm_seg'):
+        (folder / name).symlink_to(ROOT / name)
+    for line in commands(DINOV3):
+        line = line.replace('iter_20.', 'iter_2.').replace('=20', '=2')
+        if 'make_scenes' in line:
+            line = re.sub(r'--num-train \d+ --num-val \d+', '', line)
+            line += ' --num-train 8 --num-val 2'
+        else:
+            line += '' if '--cfg-options' in line else ' --cfg-options'
+            # keep=0.5 of two layers is out of reach.
+            line += (
+                ' model.backbone.model_args.depth=2'
+                ' model.backbone.model_args.embed_dim=48'
+                ' model.backbone.model_args.num_heads=3'
+                ' model.decode_head.in_channels=48'
+                ' model.decode_head.channels=48'
+                ' train_dataloader.num_workers=0'
+                ' train_dataloader.persistent_workers=False'
+            )
+            if '_pm_' in line:
+                line += ' model.backbone.compression.keep=0.7'
+        if 'benchmark' in line:
+            line = line.replace('--methods', '--rounds 2 --methods')
+        result = subprocess.run(
+            ['bash', '-c', line],
+            cwd=folder,
+            env=shell_environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, line + result.stderr[-3000:]
+        tool = re.search(r'tools/(\w+)', line)[1]
+        printed[tool] = printed.get(tool, '') + result.stdout + result.stderr
+    printed['folder'] = str(folder)
+    return printed
+
+
+@pytest.mark.slow
+def test_the_tools_on_a_model_of_timm(dinov3: dict[str, str]) -> None:
+    """train, compress, test, visualize, benchmark and export, as written."""
+    assert re.search(r'mIoU: +\d', dinov3['test'])
+    assert '1024 patch tokens (32x32)' in dinov3['compress']
+    assert 'Calibrating' not in dinov3['test']
+    assert re.search(r'dense .*\n.*ours ', dinov3['benchmark'])
+    assert (
+        'onnxruntime differs from PyTorch by at most'
+        in (dinov3['export_onnx'])
+    )
+    folder = Path(dinov3['folder']) / 'work_dirs'
+    assert len(list((folder / 'dinov3_pictures').rglob('*.png'))) >= 2
+    assert (folder / 'linear_dinov3-s_pm_ade20k/iter_2.pth').is_file()
+
+
+def test_the_dinov3_page_without_configs(monkeypatch) -> None:
+    timm = pytest.importorskip('timm')
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm,
+        'create_model',
+        lambda name, **options: create(
+            name, embed_dim=48, num_heads=3, **options
+        ),
+    )
+    names = run(block('compress_my_dinov3_segmenter.md', 'import timm'))
+    assert [m.shape for m in names['maps']] == [(1, 48, 16, 16)] * 4
+    assert names['last'].shape == (1, 16 * 16 + 5, 48)

@@ -1,6 +1,5 @@
 # UPerNet on four layers of EVA-02 ViT-S/14 at 518x518, all of it trained.
 norm_cfg = dict(type='SyncBN', requires_grad=True)
-crop_size = (518, 518)
 loss = dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)
 model = dict(
     type='EncoderDecoder',
@@ -11,12 +10,12 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
-        size=crop_size,
+        size=(518, 518),
     ),
     backbone=dict(
         type='PMTimmVisionTransformer',
         model_name='eva02_small_patch14_336.mim_in22k_ft_in1k',
-        img_size=crop_size,
+        img_size=(518, 518),
         out_indices=(2, 5, 8, 11),
         drop_path_rate=0.1,
     ),
@@ -51,5 +50,5 @@ model = dict(
         align_corners=False,
         loss_decode={**loss, 'loss_weight': 0.4},
     ),
-    test_cfg=dict(mode='slide', crop_size=crop_size, stride=(490, 490)),
+    test_cfg=dict(mode='slide', crop_size=(518, 518), stride=(490, 490)),
 )
