@@ -261,10 +261,15 @@ def run_dense(
     """Run all layers on all tokens, see :meth:`Compressor.run`."""
     collected = {}
     for index, layer in enumerate(layers):
-        x = layer(x, None, *extra_of(extra, index))
+        x = plainly(layer, x, extra_of(extra, index))
         if index in outputs:
             collected[index] = x
     return Outputs(x, collected)
+
+
+def plainly(layer: Layer, x: Tensor, extra: Sequence[Tensor]) -> Tensor:
+    """A layer on tokens of which none counts more than another."""
+    return layer(x, None, *extra) if extra else layer(x)
 
 
 def check_share(name: str, value: float) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compressor import EncoderShape, Layer, Outputs, check_option
+from .compressor import EncoderShape, Layer, Outputs, check_option, plainly
 from .merging import Grid, extra_of, sum_rows
 from .positional import PositionalCompressor
 from .structure import PRUNED
@@ -124,11 +124,11 @@ class StaticCompressor(PositionalCompressor):
             group, layer = None, layers[index]
             own = extra_of(extra, index)
             if token_map is None:
-                x = layer(x, None, *own)
+                x = plainly(layer, x, own)
             else:
                 own = [self._mean(token_map, rows) for rows in own]
                 z = token_map.merge(x)
-                x = token_map.restore(x, layer(z, None, *own))
+                x = token_map.restore(x, plainly(layer, z, own))
             if self.observer is not None:
                 if token_map is not None:
                     group = token_map.groups(self.shape.num_prefix)[None]
