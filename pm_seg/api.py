@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ _SUPPORTED = (
     'distilled form, DeiT3, ViTEVA02, BEiTViT without relative position bias '
     f"or one of pm_seg's, or {SUPPORTED}"
 )
+_PRETRAIN = ('VisionTransformer', 'DistilledVisionTransformer')
 
 
 def compress_model(
@@ -188,17 +188,16 @@ def _compressible_backbone(
     if isinstance(stock, CompressibleMixin):
         stock.build_compressor(compression, *stock.geometry)
         return stock
-    variant = _mmpretrain_variant(stock)
-    if variant is not None:
-        backbone = copy.deepcopy(stock)
-        backbone.__class__ = variant
-        backbone.adopt(compression)
-        _check_same(stock, backbone)
-        return backbone
     if type(stock) is SegViT:
         build, arguments = PMVisionTransformer, _mmseg_arguments(stock)
     else:
         build, arguments = _mmpretrain_class(stock)
+    if arguments is None:  # what the stock class built serves ours
+        backbone = copy.deepcopy(stock)
+        backbone.__class__ = build
+        backbone.adopt(compression)
+        _check_same(stock, backbone)
+        return backbone
     try:
         backbone = build(**arguments, compression=compression)
         backbone.load_state_dict(stock.state_dict())
@@ -254,30 +253,20 @@ def _mmseg_arguments(vit: SegViT) -> dict[str, Any]:
 
 def _mmpretrain_class(
     vit: nn.Module,
-) -> tuple[type[CompressibleMixin], dict[str, Any]]:
+) -> tuple[type[CompressibleMixin], dict[str, Any] | None]:
     """pm_seg's class for an mmpretrain backbone, and its arguments."""
-    if find_spec('mmpretrain') is not None:
-        from mmpretrain.models import backbones
+    if type(vit).__module__.startswith('mmpretrain.'):
+        from .models.backbones import pretrain_variants, pretrain_vit
 
-        from .models.backbones import pretrain_vit
-
-        for name in ('VisionTransformer', 'DistilledVisionTransformer'):
-            if type(vit) is getattr(backbones, name):
-                ours = getattr(pretrain_vit, f'PM{name}')
-                return ours, _mmpretrain_arguments(vit)
+        if type(vit) in pretrain_variants.VARIANTS:
+            return pretrain_variants.VARIANTS[type(vit)], None
+        if type(vit).__name__ in _PRETRAIN:
+            ours = getattr(pretrain_vit, f'PM{type(vit).__name__}')
+            return ours, _mmpretrain_arguments(vit)
     raise ValueError(
         f'a backbone of type {type(vit).__name__} is not supported; expected '
         f'{_SUPPORTED}'
     )
-
-
-def _mmpretrain_variant(vit: nn.Module) -> type[CompressibleMixin] | None:
-    """pm_seg's class for one of mmpretrain's other Vision Transformers."""
-    if not type(vit).__module__.startswith('mmpretrain.'):
-        return None
-    from .models.backbones.pretrain_variants import VARIANTS
-
-    return VARIANTS.get(type(vit))
 
 
 def _mmpretrain_arguments(vit: nn.Module) -> dict[str, Any]:
