@@ -9,6 +9,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 import pm_seg
+from pm_seg.models import PMVisionTransformer
 
 ARCH = dict(embed_dims=48, num_layers=3, num_heads=3, feedforward_channels=96)
 PLAIN = dict(use_abs_pos_emb=True, use_rel_pos_bias=False)
@@ -95,8 +96,9 @@ def test_what_does_not_fit_says_so(kind: str, options, message: str) -> None:
     assert '\n' not in str(caught.value)
 
 
-def test_an_unscoped_type_names_the_other() -> None:
-    from pm_seg.models import PMVisionTransformer
-
-    with pytest.raises(ValueError, match="type='mmpretrain.PMVisionTransf"):
-        PMVisionTransformer(arch='deit-small')
+@pytest.mark.parametrize('option', ['arch', 'init_values', 'qv_bias'])
+def test_arguments_of_other_backbones_are_named(option: str) -> None:
+    """mmpretrain's without scope; mmseg's BEiT and MAE, their type changed."""
+    message = f"no argument {option}; .* type='mmpretrain.PMVisionTransformer'"
+    with pytest.raises(ValueError, match=message):
+        PMVisionTransformer(**{option: 1})
