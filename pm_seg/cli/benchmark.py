@@ -253,7 +253,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     device = torch.device(args.device)
     if device.type == 'cuda':
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         if not args.no_tf32:
             torch.set_float32_matmul_precision('high')
     about = dict(

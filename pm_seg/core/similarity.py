@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .merging import Merge, rows_of
+from .merging import Merge
 
 SKETCH = 64  # channels that tokens are compared in
 
@@ -62,7 +62,7 @@ def match(
     Returns:
         Merge: K = T - count; tokens stay in their order.
     """
-    batch, tokens, _ = metric.shape
+    tokens = metric.shape[1]
     unit = F.normalize(metric, dim=-1)
     even, odd = unit[:, ::2], unit[:, 1::2]
     if weight is None:
@@ -75,40 +75,40 @@ def match(
         )
         difference, partner = difference.min(dim=-1)
         nearness = -difference * even_weight
-    # The rank of each even token, from most alone to most similar.
-    rank = nearness.argsort(dim=-1).argsort(dim=-1)
-    index = torch.arange(tokens, device=metric.device)
-    chosen = torch.where(
-        rank >= even.shape[1] - count, 2 * partner + 1, index[::2]
+    # From most alone to most similar.
+    source = nearness.argsort(dim=-1)[:, even.shape[1] - count :]
+    partner = partner.gather(1, source)
+    first = torch.arange(2, device=metric.device) + num_prefix
+    return merge_into(
+        torch.add(first[0], source, alpha=2),
+        torch.add(first[1], partner, alpha=2),
+        num_prefix + tokens,
     )
-    pairs = [chosen[:, : odd.shape[1]], index[1::2].expand(batch, -1)]
-    target = torch.stack(pairs, dim=2).flatten(1)
-    target = torch.cat([target, chosen[:, odd.shape[1] :]], dim=1)
-    return merge_into(target, count, num_prefix)
 
 
-def merge_into(target: Tensor, count: int, num_prefix: int = 0) -> Merge:
-    """The merge of tokens into others, all in their order.
+def merge_into(moved: Tensor, goal: Tensor, tokens: int) -> Merge:
+    """The merge of some tokens into others; those stay in their order.
+
+    Each operator is a kernel or more where nothing is compiled: few count.
 
     Args:
-        target (Tensor): Patch token that each one goes to: another, which
-            stays, or itself, int64, (B, T).
-        count (int): How many go to another.
-        num_prefix (int): P.
+        moved (Tensor): Tokens that go, each once, int64, (B, R).
+        goal (Tensor): Where to, tokens that stay, int64, (B, R).
+        tokens (int): P+T.
     """
-    if num_prefix:
-        target = F.pad(target + num_prefix, (num_prefix, 0))
-    batch, tokens = target.shape
-    index = torch.arange(tokens, device=target.device)
-    if num_prefix:
-        target = torch.where(index < num_prefix, index, target)
-    # Who stays first, in order, then who goes.
-    order = torch.add(index, target != index, alpha=tokens).argsort(dim=1)
-    place = order.argsort(dim=1).gather(1, target)
-    kept, moved = order.split([tokens - count, count], dim=1)
+    batch, count = moved.shape
+    rows = torch.arange(batch * tokens, device=moved.device)
+    rows = rows.view(batch, tokens)
+    after = torch.arange(batch * (tokens - count), device=moved.device)
+    after = after.view(batch, tokens - count)
+    # Who stays first, in order: rows, and where in the image.
+    kept, index = rows.scatter(1, moved, batch * tokens).sort(dim=1)
+    kept, index = (t[:, : tokens - count] for t in (kept, index))
+    place = rows.scatter(1, index, after)
+    into = place.gather(1, goal)
     return Merge(
-        kept=rows_of(kept, tokens),
-        moved=rows_of(moved, tokens),
-        into=rows_of(place.gather(1, moved), tokens - count),
-        place=place,
+        kept=kept.flatten(),
+        moved=rows.gather(1, moved).flatten(),
+        into=into.flatten(),
+        rows=place.scatter(1, moved, into),
     )

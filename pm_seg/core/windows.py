@@ -35,8 +35,8 @@ def match_windows(
         Merge: K = h * w - 3 * count.
     """
     height, width = grid
-    batch, tokens, device = len(metric), height * width, metric.device
-    index = torch.arange(tokens, device=device).view(height, width)
+    index = torch.arange(height * width, device=metric.device)
+    index = index.view(height, width)
     index = index[: height // 2 * 2, : width // 2 * 2]
     index = index.unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
     index = index.transpose(1, 2).reshape(-1, WINDOW)  # (windows, 4)
@@ -44,7 +44,7 @@ def match_windows(
     total = unit[:, index.flatten()].unflatten(1, (-1, WINDOW)).sum(2)
     chosen = total.square().sum(-1).topk(count, dim=1).indices
     members = index[chosen]  # (B, count, 4)
-    target = torch.arange(tokens, device=device).repeat(batch, 1)
-    first = members[:, :, :1].expand(-1, -1, WINDOW).flatten(1)
-    target = target.scatter(1, members.flatten(1), first)
-    return merge_into(target, (WINDOW - 1) * count, num_prefix)
+    members = members + num_prefix
+    first = members[:, :, :1].expand(-1, -1, WINDOW - 1)
+    moved = members[:, :, 1:].flatten(1)
+    return merge_into(moved, first.flatten(1), num_prefix + height * width)
