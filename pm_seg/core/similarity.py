@@ -62,7 +62,6 @@ def match(
     Returns:
         Merge: K = T - count; tokens stay in their order.
     """
-    tokens = metric.shape[1]
     unit = F.normalize(metric, dim=-1)
     even, odd = unit[:, ::2], unit[:, 1::2]
     if weight is None:
@@ -78,37 +77,37 @@ def match(
     # From most alone to most similar.
     source = nearness.argsort(dim=-1)[:, even.shape[1] - count :]
     partner = partner.gather(1, source)
-    first = torch.arange(2, device=metric.device) + num_prefix
+    rows = all_rows(metric, num_prefix)
+    patches = rows[:, num_prefix:]
     return merge_into(
-        torch.add(first[0], source, alpha=2),
-        torch.add(first[1], partner, alpha=2),
-        num_prefix + tokens,
-    )
+        rows, patches[:, ::2].gather(1, source),
+        patches[:, 1::2].gather(1, partner),
+    )  # fmt: skip
 
 
-def merge_into(moved: Tensor, goal: Tensor, tokens: int) -> Merge:
+def all_rows(metric: Tensor, num_prefix: int) -> Tensor:
+    """Numbers of all tokens of all images, (B, P+T), for (B, T, D)."""
+    batch, tokens, _ = metric.shape
+    rows = torch.arange(batch * (num_prefix + tokens), device=metric.device)
+    return rows.view(batch, -1)
+
+
+def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
     """The merge of some tokens into others; those stay in their order.
 
     Each operator is a kernel or more where nothing is compiled: few count.
 
     Args:
-        moved (Tensor): Tokens that go, each once, int64, (B, R).
-        goal (Tensor): Where to, tokens that stay, int64, (B, R).
-        tokens (int): P+T.
+        rows (Tensor): See :func:`all_rows`, int64, (B, P+T).
+        moved (Tensor): Those that go, each once, (B, R).
+        goal (Tensor): Where to, some that stay, (B, R).
     """
-    batch, count = moved.shape
-    rows = torch.arange(batch * tokens, device=moved.device)
-    rows = rows.view(batch, tokens)
-    after = torch.arange(batch * (tokens - count), device=moved.device)
-    after = after.view(batch, tokens - count)
-    # Who stays first, in order: rows, and where in the image.
-    kept, index = rows.scatter(1, moved, batch * tokens).sort(dim=1)
-    kept, index = (t[:, : tokens - count] for t in (kept, index))
-    place = rows.scatter(1, index, after)
-    into = place.gather(1, goal)
-    return Merge(
-        kept=kept.flatten(),
-        moved=rows.gather(1, moved).flatten(),
-        into=into.flatten(),
-        rows=place.scatter(1, moved, into),
-    )
+    left = rows.shape[1] - moved.shape[1]
+    flat, moved = rows.flatten(), moved.flatten()
+    gone = flat.scatter(0, moved, flat.shape[0]).view_as(rows)
+    kept = gone.sort(dim=1).values[:, :left].flatten()
+    after = torch.arange(kept.shape[0], device=rows.device)
+    place = flat.scatter(0, kept, after)
+    into = place.index_select(0, goal.flatten())
+    place = place.scatter(0, moved, into).view_as(rows)
+    return Merge(kept=kept, moved=moved, into=into, rows=place)

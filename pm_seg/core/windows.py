@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .merging import Grid, Merge
-from .similarity import merge_into
+from .similarity import all_rows, merge_into
 
 WINDOW = 4  # tokens of a window
 
@@ -44,7 +44,10 @@ def match_windows(
     total = unit[:, index.flatten()].unflatten(1, (-1, WINDOW)).sum(2)
     chosen = total.square().sum(-1).topk(count, dim=1).indices
     members = index[chosen]  # (B, count, 4)
-    members = members + num_prefix
     first = members[:, :, :1].expand(-1, -1, WINDOW - 1)
-    moved = members[:, :, 1:].flatten(1)
-    return merge_into(moved, first.flatten(1), num_prefix + height * width)
+    rows = all_rows(metric, num_prefix)
+    moved, goal = (
+        rows[:, num_prefix:].gather(1, part.flatten(1))
+        for part in (members[:, :, 1:], first)
+    )
+    return merge_into(rows, moved, goal)

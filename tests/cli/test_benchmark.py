@@ -232,8 +232,13 @@ def test_kernels_are_counted_part_by_part(config: Path, capsys) -> None:
     )
     for part in rows:
         assert part['eager'] == sum(part['names'].values()) > 0
+        assert part['kernels'] >= part['eager'] and part['batch'] == 1
+    # In and out: what was before, gained and added; what gains, merged, after.
+    moved = parts['restore']['bytes']
+    assert parts['merge']['bytes'] > moved > 3 * 25 * 48 * 4
     text = capsys.readouterr().out
-    assert 'together' in text and 'linalg_vector_norm' in text
+    assert 'together' in text and 'batch 1' in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_kernels_that_cannot_be_compiled_are_not_counted(monkeypatch) -> None:

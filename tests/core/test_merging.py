@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pm_seg.core import Merge
 from pm_seg.core.merging import Chain, spread_rows, sum_rows
-from pm_seg.core.similarity import merge_into
+from pm_seg.core.similarity import all_rows, merge_into
 
 
 class Case(NamedTuple):
@@ -31,7 +31,9 @@ def go_to(target: Tensor, prefix: int = 0) -> Merge:
     stays = target == torch.arange(target.shape[1])
     moved = torch.stack([(~row).nonzero().flatten() for row in stays])
     goal = target.gather(1, moved)
-    return merge_into(moved + prefix, goal + prefix, prefix + len(target[0]))
+    rows = all_rows(target.unsqueeze(2), prefix)
+    moved, goal = (rows[:, prefix:].gather(1, t) for t in (moved, goal))
+    return merge_into(rows, moved, goal)
 
 
 def make_case(
