@@ -1,4 +1,4 @@
-"""Autocast, and leaving it where rounding would change decisions."""
+"""Leaving autocast where rounding would change decisions."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import torch
 from torch import Tensor
 
 
-def in_autocast(x: Tensor) -> bool:
-    """Whether there is autocast on the device of a tensor."""
-    device = x.device.type
-    return device != 'meta' and torch.is_autocast_enabled(device)
-
-
 def full_precision(x: Tensor) -> AbstractContextManager:
-    """No autocast inside. Entered only where there is one: exports trace it.
+    """No autocast inside, on the device of a tensor.
 
-    Rounded similarities would pair other tokens than full ones.
+    Rounded similarities would pair other tokens than full ones. Entered only
+    where there is autocast: exports trace it, and meta tensors know none.
     """
-    if in_autocast(x):
-        return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    if device != 'meta' and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()

@@ -30,7 +30,7 @@ from .compressor import (
     check_share,
 )
 from .merging import RESTORES, Chain, Grid, Merge
-from .precision import full_precision, in_autocast
+from .precision import full_precision
 from .schedule import SCHEDULES, WHOLE, Schedule
 from .similarity import match, sketch, sketch_dims
 from .windows import WINDOW, match_windows
@@ -255,9 +255,8 @@ class ProgressiveCompressor(Compressor):
     ) -> Merge:
         """Which tokens merge; found in full precision, as far as x has it."""
         prefix = self.shape.num_prefix
-        patches = x[:, prefix:]
-        if in_autocast(x):
-            patches = patches.float()
+        # Under autocast tokens may come in half precision, or weights be.
+        patches = x[:, prefix:].to(self.gain.dtype)
         with full_precision(x):
             if self.compare == 'keys':
                 metric = layer.mean_keys(patches)

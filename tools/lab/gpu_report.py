@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import time
@@ -61,33 +60,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             '--tiny --device cpu --only checks speed --out work_dirs/gpu_tiny',
         ),
     )
-    parser.add_argument(
-        '--minutes',
-        type=float,
-        default=25,
-        metavar='N',
-        help='stop after so many (default 25)',
-    )
-    parser.add_argument(
-        '--data',
-        type=Path,
-        default=Path('data'),
-        metavar='DIR',
-        help='folder with camvid/, cifar10/ or cifar10.zip (default data), '
-        'vit-tiny_in1k.pth and segmenter_vit-t_camvid.pth',
-    )
+    for flag, default, metavar, text in (
+        ('minutes', 25.0, 'N', 'stop after so many'),
+        (
+            'data', Path('data'), 'DIR',
+            'folder with camvid/, cifar10/ or cifar10.zip, '
+            'segmenter_vit-t_camvid.pth and vit-tiny_in1k.pth',
+        ),
+        ('out', Path('work_dirs/gpu_report'), 'DIR', 'folder to write to'),
+        ('rounds', 21, 'N', 'how often each model is timed'),
+        ('workers', 8, 'N', 'processes that load images'),
+        (
+            'device', 'cuda' if torch.cuda.is_available() else 'cpu', 'NAME',
+            'where to run',
+        ),
+    ):  # fmt: skip
+        parser.add_argument(
+            f'--{flag}',
+            type=Path if metavar == 'DIR' else type(default),
+            default=default,
+            metavar=metavar,
+            help=f'{text} (default {default})',
+        )
     parser.add_argument(
         '--checkpoint',
         type=Path,
         metavar='FILE',
         help='the dense Segmenter on CamVid, where it is not in --data',
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/gpu_report'),
-        metavar='DIR',
-        help='folder to write to (default work_dirs/gpu_report)',
     )
     parser.add_argument(
         '--pack',
@@ -103,25 +102,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=PARTS,
         metavar='PART',
         help=f'of {", ".join(PARTS)} (default all)',
-    )
-    parser.add_argument(
-        '--rounds',
-        type=int,
-        default=21,
-        metavar='N',
-        help='how often each model is timed (default 21)',
-    )
-    parser.add_argument(
-        '--workers',
-        type=int,
-        default=min(os.cpu_count() or 1, 8),
-        metavar='N',
-        help='processes that load images (default 8, or as many as CPUs)',
-    )
-    parser.add_argument(
-        '--device',
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='defaults to cuda if there is one',
     )
     parser.add_argument(
         '--tiny',
@@ -242,7 +222,8 @@ def limited(seconds: float) -> Iterator[None]:
         raise TimeUpError
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    # Again and again: Python drops what is raised while it frees an object.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)
     try:
         yield
     finally:
@@ -275,75 +256,67 @@ def run(args: argparse.Namespace, file: Path, rows: list[dict]) -> None:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Stop, or unpack, before rows are made that need data."""
-    needed = {
-        'accuracy': (args.data / 'camvid', args.checkpoint),
-        'cifar': (args.data / 'cifar10', args.data / 'vit-tiny_in1k.pth'),
-    }
-    archive = args.data / 'cifar10.zip'
-    if 'cifar' in args.only and archive.exists() and not args.pack:
-        folder = needed['cifar'][0]
-        if not folder.exists():
-            unpacked = folder.with_name('cifar10.part')
-            zipfile.ZipFile(archive).extractall(unpacked)
-            unpacked.replace(folder)
-    for part in set(needed) & set(args.only):
-        for path in needed[part]:
-            if not path.exists():
-                others = [name for name in args.only if name != part]
-                wrong_usage(
-                    f'{path} is missing; give --data and --checkpoint, or '
-                    f'leave {part} out: --only {" ".join(others)}'
-                )
+    """Stop before rows are made that lack data; unpack what is packed."""
+    images, archive = args.data / 'cifar10', args.data / 'cifar10.zip'
+    if 'cifar' in args.only and archive.exists() and not images.exists():
+        unpacked = images.with_suffix('.part')
+        zipfile.ZipFile(archive).extractall(unpacked)
+        unpacked.replace(images)
+    weights = args.data / 'vit-tiny_in1k.pth'
+    for part, path in (
+        ('accuracy', args.data / 'camvid'),
+        ('accuracy', args.checkpoint),
+        ('cifar', images),
+        ('cifar', weights),
+    ):
+        if part in args.only and not path.exists():
+            wrong_usage(
+                f'{path} is missing; give --data and --checkpoint, or leave '
+                f'{part} out with --only'
+            )
 
 
 def pack(args: argparse.Namespace) -> None:
     """Write what the parts need to a folder that is small enough."""
     target, room = args.pack, MEBIBYTES * 2**20
     target.mkdir(parents=True, exist_ok=True)
-    weights = []
+    weights = {}
     if 'accuracy' in args.only:
         shutil.copytree(
             args.data / 'camvid', target / 'camvid', dirs_exist_ok=True
         )
-        name = gpu_rows.default_checkpoint(target)
-        weights.append((args.checkpoint, name))
+        weights[gpu_rows.default_checkpoint(target)] = args.checkpoint
     if 'cifar' in args.only:
         source = args.data / 'vit-tiny_in1k.pth'
-        weights.append((source, target / source.name))
-    for source, destination in weights:
+        weights[target / source.name] = source
+    for path, source in weights.items():
         state = read_checkpoint(source)
-        state = state.get('state_dict', state)
-        half = {
-            key: value.half() if value.is_floating_point() else value
-            for key, value in state.items()
-        }
-        torch.save(dict(state_dict=half), destination)
+        state = state.get('state_dict', state).items()
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state}
+        torch.save(dict(state_dict=state), path)
     files = [path for path in target.rglob('*') if path.is_file()]
     room -= sum(path.stat().st_size for path in files)
-    if 'cifar' in args.only and room > 0:
-        room -= _pack_cifar(args.data / 'cifar10', target, room)
     if room < 0:
         raise SystemExit(
             f'{target} is {-room / 2**20:.0f} MiB larger than {MEBIBYTES}; '
             'pack one of --only accuracy and --only cifar at a time'
         )
-    print(f'{target}: {room / 2**20:.1f} MiB to spare of {MEBIBYTES}')
+    if 'cifar' in args.only:
+        _pack_cifar(args.data / 'cifar10', target / 'cifar10.zip', room)
+    print(f'{target} is packed')
 
 
-def _pack_cifar(source: Path, target: Path, room: int) -> int:
-    """Store as many images as there is room for, all classes alike."""
-    folders = sorted(path for path in source.glob('*/*') if path.is_dir())
+def _pack_cifar(source: Path, file: Path, room: int) -> None:
+    """As many images as there is room for, of all classes alike."""
+    folders = [path for path in source.glob('*/*') if path.is_dir()]
     images = [sorted(folder.iterdir()) for folder in folders]
-    size, file = 0, target / 'cifar10.zip'
     with zipfile.ZipFile(file, 'w') as archive:
-        for row in zip(*images):  # equally many of each class and split
-            size += sum(path.stat().st_size + 250 for path in row)
-            if size > room:
+        for row in zip(*images):
+            room -= sum(path.stat().st_size + 250 for path in row)
+            if room < 0:
                 break
             for path in row:
                 archive.write(path, path.relative_to(source))
-    return file.stat().st_size
 
 
 @command('The same command goes on with the rows that are missing.')
@@ -352,15 +325,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_warnings()
     check_output(args.pack or args.out, folder=True)
-    if not args.pack:
-        args.out.mkdir(parents=True, exist_ok=True)
-    if set(args.only) & {'accuracy', 'cifar'}:
-        if args.pack and not args.data.is_dir():
-            wrong_usage(f'--data {args.data} is no folder')
-        check_data(args)
+    check_data(args)
     if args.pack:
         pack(args)
         return
+    args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / 'rows.jsonl'
     rows = read_rows(file)
     try:
