@@ -66,6 +66,7 @@ def test_what_failed_or_was_cut_off_is_made_again(
     assert not any('error_text' in row for row in rows)
 
 
+@pytest.mark.filterwarnings('ignore:Exception ignored')
 def test_it_stops_when_the_time_is_over(tmp_path: Path, monkeypatch) -> None:
     def slow() -> dict:
         try:
