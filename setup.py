@@ -33,7 +33,7 @@ class BuildWithConfigs(build_py):
         target = Path(self.build_lib) / 'pm_seg' / '.mim'
         shutil.rmtree(target, ignore_errors=True)
         ignore = shutil.ignore_patterns(
-            '__pycache__', 'lab', 'make_api_docs.py'
+            '__pycache__', 'lab', 'gpu_report.py', 'make_api_docs.py'
         )
         for folder in ('configs', 'tools'):
             shutil.copytree(ROOT / folder, target / folder, ignore=ignore)

@@ -216,3 +216,20 @@ def test_a_model_with_its_own_compression() -> None:
         pm_seg.compress_model(model, loader, restore='replace')
     with pytest.raises(ValueError, match='keep=2'):
         pm_seg.compress_model(model, loader, keep=2)
+
+
+def test_the_check_runs_without_tf32(monkeypatch) -> None:
+    """Which rounds equal models more differently than is allowed."""
+    init_default_scope('mmseg')
+    model, seen = MODELS.build(SEGMENTOR), []
+    model.backbone.register_forward_pre_hook(
+        lambda *args: seen.append(torch.get_float32_matmul_precision())
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high')
+    try:
+        pm_seg.make_compressible(model)
+        assert torch.get_float32_matmul_precision() == 'high'
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ['highest']

@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--kernels',
         action='store_true',
         help='instead of times, count what a merge and a restore of ours '
-        'launch, in eager mode and compiled',
+        'launch and move, in eager mode and compiled',
     )
     group = parser.add_argument_group('settings; each combination is a table')
     group.add_argument(
@@ -254,7 +254,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     device = torch.device(args.device)
     if device.type == 'cuda':
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         if not args.no_tf32:
             torch.set_float32_matmul_precision('high')
     about = dict(
@@ -268,8 +269,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
         f'{about["torch"]}, pm_seg {about["pm_seg"]}'
     )
     if args.kernels:
-        rows = count_kernels(_shape(cfg, args), args.keep or 0.5, args.device)
-        console.print(kernel_table(rows))
+        rows, shape = [], _shape(cfg, args)
+        for batch in args.batch_size:
+            rows += count_kernels(
+                shape, args.keep or 0.5, args.device, batch,
+                DTYPES[args.dtype[0]],
+            )  # fmt: skip
+            console.print(kernel_table(rows[-4:]))
         _write(args.out, rows)
         return rows
     native = cfg.model.backbone.get('img_size', 224)

@@ -1,4 +1,4 @@
-"""Counts what a merge and a restore launch."""
+"""Counts what a merge and a restore launch, and the bytes they move."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import torch
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..core import EncoderShape, ProgressiveCompressor
 from ..core.merging import Chain
 
 #: Operators that compute nothing, beside views.
 _FREE = ('aten::_unsafe_view', 'aten::empty', 'aten::new_empty')
+#: Kernels of operators that need several in ATen's CUDA code: copies of what
+#: they change, indices to sort along.
+_KERNELS = dict(index_add=2, scatter=2, sort=3)
+#: Operators that read of their first argument as much as they return.
+_SELECTING = ('index_select', 'gather')
 _LAUNCH = re.compile(
     r'^ +(?:\w+ = )?(?:cpp_fused\w*|triton_\w+\.run|extern_kernels\.\w+|'
     r'torch\.ops\.aten\.\w+\.\w+|aten\.\w+)\(',
@@ -28,11 +34,13 @@ class OperatorCounter(TorchDispatchMode):
 
     Attributes:
         names (Counter): How often each ran, by name. Views are left out.
+        bytes (Counter): What each read and wrote, by name.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         schema = func._schema
@@ -41,36 +49,60 @@ class OperatorCounter(TorchDispatchMode):
             and not argument.alias_info.is_write
             for argument in schema.arguments
         )
+        out = func(*args, **(kwargs or {}))
         if not view and schema.name not in _FREE:
-            self.names[schema.name.removeprefix('aten::')] += 1
-        return func(*args, **(kwargs or {}))
+            name = schema.name.removeprefix('aten::')
+            self.names[name] += 1
+            read = (out, args[1:]) if name in _SELECTING else args
+            self.bytes[name] += sum(
+                leaf.numel() * leaf.element_size()
+                for leaf in tree_leaves((out, read, kwargs))
+                if isinstance(leaf, Tensor)
+            )
+        return out
 
 
 def compiled_launches(
     function: Callable[..., object], *arguments: object
-) -> int | None:
-    """Kernels that inductor's code for a function calls.
+) -> tuple[int | None, int | None]:
+    """Kernels that inductor's code for a function calls, and their bytes.
 
     Fused ones, and those of libraries; None if it cannot be compiled here.
     """
+    from torch._inductor import compile_fx, config, metrics
     from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
+    metrics.reset()
+    # Bytes are counted for this log alone, and not for code from a cache.
+    log = compile_fx.inductor_metrics_log
+    before = log.level, log.propagate
+    log.setLevel('INFO')
+    log.propagate = False
     try:
-        _, sources = run_and_get_code(
-            torch.compile(function, fullgraph=True, dynamic=False), *arguments
-        )
+        with config.patch(force_disable_caches=True):
+            _, sources = run_and_get_code(
+                torch.compile(function, fullgraph=True, dynamic=False),
+                *arguments,
+            )
     except Exception:  # no compiler, an operator it has not: many kinds
-        return None
+        return None, None
     finally:
         torch._dynamo.reset()
+        log.setLevel(before[0])
+        log.propagate = before[1]
     bodies = [source.partition('def call(')[2] for source in sources]
-    return sum(len(_LAUNCH.findall(body)) for body in bodies)
+    launches = sum(len(_LAUNCH.findall(body)) for body in bodies)
+    return launches, metrics.num_bytes_accessed
 
 
 @torch.no_grad()
 def count_kernels(
-    shape: EncoderShape, keep: float = 0.5, device: str = 'cpu'
+    shape: EncoderShape,
+    keep: float = 0.5,
+    device: str = 'cpu',
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> list[dict]:
     """What the first merge of the default compression launches, part by part.
 
@@ -78,15 +110,20 @@ def count_kernels(
         shape (EncoderShape): The transformer.
         keep (float): Share of the layers' MACs. Defaults to 0.5.
         device (str): Where to run. Defaults to 'cpu'.
+        batch (int): Images at a time. Defaults to 1.
+        dtype (torch.dtype): Of the tokens. Defaults to float32.
 
     Returns:
         list[dict]: 'part'; 'eager', operators; 'names', a Counter of them;
-        'compiled', kernels, None where they are not counted.
+        'kernels', those that they launch on CUDA, as far as known here;
+        'bytes', read and written; 'compiled' and 'compiled_bytes', of
+        inductor's kernels, None where they are not counted.
     """
-    compressor = ProgressiveCompressor(shape, keep).to(device)
+    compressor = ProgressiveCompressor(shape, keep).to(device, dtype)
     prefix, tokens = shape.num_prefix, shape.num_tokens
     left = next(n for n in compressor.tokens(shape.grid) if n < tokens)
-    x = torch.randn(1, prefix + tokens, shape.dims, device=device)
+    x = torch.randn(batch, prefix + tokens, shape.dims, device=device)
+    x = x.to(dtype)
     merge = compressor._match(x, tokens - left, 1, None, shape.grid)
     done = Chain(x, prefix)
     done.merge(merge, compressor.gain[1])
@@ -95,7 +132,7 @@ def count_kernels(
 
     def find(x: Tensor) -> tuple[Tensor, ...]:
         found = compressor._match(x, tokens - left, 1, None, shape.grid)
-        return found.kept, found.moved, found.into, found.place
+        return found.kept, found.moved, found.into, found.rows
 
     def merged(x: Tensor) -> tuple[Tensor, ...]:
         chain = Chain(x, prefix)
@@ -121,12 +158,17 @@ def count_kernels(
         with counter:
             function(argument)
         names = counter.names - besides
+        compiled, moved = compiled_launches(function, argument)
         rows.append(
             dict(
                 part=part,
+                batch=batch,
                 eager=sum(names.values()),
                 names=dict(names),
-                compiled=compiled_launches(function, argument),
+                kernels=sum(_KERNELS.get(k, 1) * n for k, n in names.items()),
+                bytes=sum(counter.bytes[name] for name in names),
+                compiled=compiled,
+                compiled_bytes=moved,
             )
         )
     return rows
@@ -134,28 +176,26 @@ def count_kernels(
 
 def kernel_table(rows: Sequence[dict]) -> Table:
     """The counts as a table that fits 80 columns."""
-    out = Table(title='Operators and kernels of one merge and its restore')
-    for head in ('', 'eager', 'compiled', 'operators'):
-        out.add_column(
-            head, justify='right' if head in ('eager', 'compiled') else 'left'
-        )
-    for row in rows:
-        names = (
-            name if count == 1 else f'{count} {name}'
-            for name, count in row['names'].items()
-        )
-        compiled = row['compiled']
-        out.add_row(
-            row['part'],
-            str(row['eager']),
-            'not counted' if compiled is None else str(compiled),
-            ', '.join(names),
-        )
-    counts = [row['compiled'] for row in rows]
-    out.add_row(
-        'together',
-        str(sum(row['eager'] for row in rows)),
-        'not counted' if None in counts else str(sum(counts)),
-        '',
+    columns = ('eager', 'kernels', 'bytes', 'compiled', 'compiled_bytes')
+    heads = ('operators', 'kernels', 'MB', 'compiled', 'MB')
+    out = Table(
+        title=f'One merge and its restore, batch {rows[0]["batch"]}: '
+        'operators in eager mode, kernels, bytes moved',
+        padding=(0, 1),
     )
+    out.add_column('')
+    for head in heads:
+        out.add_column(head, justify='right')
+    total = {'part': 'together'}
+    for name in columns:
+        values = [row[name] for row in rows]
+        total[name] = None if None in values else sum(values)
+    for row in (*rows, total):
+        cells = []
+        for name in columns:
+            value = row[name]
+            if value is not None and name.endswith('bytes'):
+                value = f'{value / 1e6:.1f}'
+            cells.append('not counted' if value is None else str(value))
+        out.add_row(row['part'], *cells)
     return out

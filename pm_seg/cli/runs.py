@@ -93,14 +93,34 @@ _TRAIN_GUARDS = ('RunGuardHook', 'InterruptHook')
 
 
 def guard_run(cfg: Config, hooks: tuple[str, ...] = _TRAIN_GUARDS) -> None:
-    """Add hooks that stop and save cleanly; save checkpoints whole."""
+    """Add hooks that stop and save cleanly; save checkpoints whole.
+
+    Batches come in memory that copies fast to a GPU, where there is one.
+    """
     given = list(cfg.get('custom_hooks') or [])
     present = {hook.get('type') for hook in given}
     given += [dict(type=hook) for hook in hooks if hook not in present]
     cfg.custom_hooks = given
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if torch.cuda.is_available() and cfg.get(name):
+            cfg[name].setdefault('pin_memory', True)
     saving = (cfg.get('default_hooks') or {}).get('checkpoint')
     if saving and saving.get('type') == 'CheckpointHook':
         saving.type = 'WholeCheckpointHook'
+
+
+def use_amp(cfg: Config) -> None:
+    """Train in mixed precision, in what the config says or the device has.
+
+    bfloat16 needs no scaled loss; float16 overflows without.
+    """
+    wrapper = cfg.optim_wrapper
+    wrapper.type = 'AmpOptimWrapper'
+    cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.get_device_capability() >= (8, 0):
+        wrapper.setdefault('dtype', 'bfloat16')
+    scaled = wrapper.get('dtype') != 'bfloat16'
+    wrapper.setdefault('loss_scale', 'dynamic' if scaled else 1.0)
 
 
 def ensure_compression_hook(cfg: Config) -> None:

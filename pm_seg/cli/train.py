@@ -12,7 +12,7 @@ from mmengine.device import get_device
 from mmengine.dist import get_world_size
 
 from ..engine.faults import RunStoppedError, explain
-from ..engine.hooks import InterruptHook
+from ..engine.hooks import InterruptHook, RunGuardHook
 from ..utils.checkpoints import latest_intact_checkpoint
 from ..utils.lock import WorkDirInUseError, work_dir_lock
 from .common import (
@@ -35,6 +35,7 @@ from .runs import (
     is_first_process,
     join_cpu_processes,
     leave_processes,
+    use_amp,
 )
 
 
@@ -69,7 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         '--amp',
         action='store_true',
-        help='automatic mixed precision; needs a GPU',
+        help='automatic mixed precision, in bfloat16 where the device has '
+        'it; needs a GPU',
     )
     group.add_argument(
         '--auto-scale-lr',
@@ -92,8 +94,7 @@ def main(argv: list[str] | None = None) -> None:
                 '--amp needs a GPU or another accelerator; leave it out on a '
                 'CPU'
             )
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        use_amp(cfg)
     if args.auto_scale_lr:
         if 'auto_scale_lr' not in cfg:
             wrong_usage(
@@ -146,6 +147,9 @@ def _run(cfg: Config) -> None:
                 if hook.between_iterations and get_world_size() == 1:
                     hook.stop(runner)
                 hook.release()
+        for hook in runner.hooks if runner else ():
+            if isinstance(hook, RunGuardHook):
+                hook.blame(runner)
         stop = explain(error, cfg.work_dir)
         if stop is None:
             raise

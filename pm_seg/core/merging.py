@@ -36,19 +36,23 @@ class Merge:
         kept (Tensor): Row that each merged token starts from, (B * (P+K),).
         moved (Tensor): Rows that are averaged into others, (B * R,).
         into (Tensor): The merged rows they go to, (B * R,).
-        place (Tensor): Merged token of each token, (B, P+T).
+        rows (Tensor): Merged row of each token, (B, P+T).
     """
 
     kept: Tensor
     moved: Tensor
     into: Tensor
-    place: Tensor
+    rows: Tensor
+
+    @property
+    def place(self) -> Tensor:
+        """Merged token of each token, within its image, (B, P+T)."""
+        batch = len(self.rows)
+        image = torch.arange(batch, device=self.rows.device).unsqueeze(1)
+        return self.rows - image * (len(self.kept) // batch)
 
     def merge(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each group, weighted by size.
-
-        Only what moves is computed: groups start as one of their members and
-        get ``share * (member - start)`` from each other one.
 
         Args:
             x (Tensor): (B, P+T, C).
@@ -57,18 +61,47 @@ class Merge:
         Returns:
             tuple[Tensor, Tensor]: (B, P+K, C) and (B, P+K, 1).
         """
-        batch = len(x)
-        x, size = x.flatten(0, 1), size.flatten(0, 1)
+        total, _, share = self.sizes(size)
+        return self.mean(x, share), total
+
+    def sizes(self, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What becomes of sizes, (B, P+T, 1).
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: Size of each merged token and of
+            the one it starts from, (B, P+K, 1) each; of each row that moves,
+            its share of where it goes, (B * R, 1).
+        """
+        batch, size = len(size), size.flatten(0, 1)
         moved = size.index_select(0, self.moved)
-        total = _add(size.index_select(0, self.kept), self.into, moved, batch)
+        start = size.index_select(0, self.kept)
+        total = _add(start, self.into, moved, batch)
         share = moved / total.index_select(0, self.into)
+        return (
+            total.unflatten(0, (batch, -1)),
+            start.unflatten(0, (batch, -1)),
+            share,
+        )
+
+    def mean(self, x: Tensor, share: Tensor) -> Tensor:
+        """Means of groups, by the shares of their members.
+
+        Only what moves is computed: groups start as one of their members and
+        get ``share * (member - start)`` from each other one.
+
+        Args:
+            x (Tensor): (B, P+T, C).
+            share (Tensor): See :meth:`sizes`.
+
+        Returns:
+            Tensor: (B, P+K, C).
+        """
+        batch, x = len(x), x.flatten(0, 1)
         start = x.index_select(0, self.kept)
         update = x.index_select(0, self.moved)
         update = update - start.index_select(0, self.into)
         merged = _add(start, self.into, update * share.to(x.dtype), batch)
-        return merged.unflatten(0, (batch, -1)), total.unflatten(
-            0, (batch, -1)
-        )
+        return merged.unflatten(0, (batch, -1))
 
     def restore(
         self, before: Tensor, merged: Tensor, after: Tensor, gain: Tensor
@@ -89,7 +122,7 @@ class Merge:
 
     def spread(self, z: Tensor) -> Tensor:
         """What the group of each token holds, (B, P+K, C) -> (B, P+T, C)."""
-        return spread_rows(z, self.place)
+        return _take(z, self.rows)
 
 
 class Step(NamedTuple):
@@ -113,13 +146,12 @@ class TokenGroups:
     """The groups that the last layer worked on.
 
     Attributes:
-        places (Sequence[Tensor]): Of one merge after the other, the place of
-            each token after it, int64, (B, P+T) each.
+        merges (Sequence[Merge]): One after the other.
         size (Tensor): Patches in each group, (B, P+K, 1).
         num_prefix (int): P.
     """
 
-    places: Sequence[Tensor]
+    merges: Sequence[Merge]
     size: Tensor
     num_prefix: int
     _place: Tensor | None = None
@@ -128,7 +160,8 @@ class TokenGroups:
     def place(self) -> Tensor:
         """Group of each patch token, 0..K-1, int64, (B, N)."""
         if self._place is None:  # cached_property would lock; no compiling
-            place, *others = (p[:, self.num_prefix :] for p in self.places)
+            places = (merge.place for merge in self.merges)
+            place, *others = (p[:, self.num_prefix :] for p in places)
             for following in others:
                 place = following.gather(1, place - self.num_prefix)
             self._place = place - self.num_prefix
@@ -187,18 +220,17 @@ class Chain:
             gain (Tensor): Scalar; what groups of several gain is restored
                 with this factor, all of it to a token that stays alone.
         """
-        before, sizes = self.x, self.size
-        self.x, self.size = merge.merge(before, sizes)
+        before = self.x
+        self.size, start, share = merge.sizes(self.size)
+        self.x = merge.mean(before, share)
         if self.extra is not None:
             if self._rows is None:
                 rows = self.extra.reshape(-1, *self.extra.shape[-2:])
                 rows = rows.transpose(0, 1).flatten(1)  # (N, all channels)
                 rows = F.pad(rows, (0, 0, self.num_prefix, 0))
                 self._rows = rows.expand(len(before), -1, -1)
-            self._rows, _ = merge.merge(self._rows, sizes)
-        start = sizes.flatten(0, 1).index_select(0, merge.kept)
-        grown = self.size != start.view_as(self.size)
-        gain = torch.where(grown, gain, 1.0)
+            self._rows = merge.mean(self._rows, share)
+        gain = torch.where(self.size != start, gain, 1.0)
         self.steps.append(Step(before, self.x, merge, gain))
 
     def extra_of(self, layer: int) -> tuple[Tensor, ...]:
@@ -230,8 +262,8 @@ class Chain:
         """What the tokens are groups of, None as long as all are alone."""
         if not self.steps:
             return None
-        places = [step.merge.place for step in self.steps]
-        return TokenGroups(places, self.size, self.num_prefix)
+        merges = [step.merge for step in self.steps]
+        return TokenGroups(merges, self.size, self.num_prefix)
 
 
 def extra_of(extra: Tensor | None, layer: int) -> tuple[Tensor, ...]:
@@ -248,9 +280,7 @@ def extra_of(extra: Tensor | None, layer: int) -> tuple[Tensor, ...]:
 
 def spread_rows(z: Tensor, place: Tensor) -> Tensor:
     """Row ``place`` of each image, (B, K, C) by (B, T) -> (B, T, C)."""
-    rows = rows_of(place, z.shape[1])
-    out = z.flatten(0, 1).index_select(0, rows)
-    return out.unflatten(0, (len(z), -1))
+    return _take(z, rows_of(place, z.shape[1]).view_as(place))
 
 
 def sum_rows(x: Tensor, place: Tensor, groups: int) -> Tensor:
@@ -276,6 +306,12 @@ def rows_of(index: Tensor, tokens: int) -> Tensor:
         start = torch.arange(batch, device=index.device) * tokens
         index = index + start.unsqueeze(1)
     return index.flatten()
+
+
+def _take(z: Tensor, rows: Tensor) -> Tensor:
+    """Rows of all images, (B, K, C) by (B, T) -> (B, T, C)."""
+    out = z.flatten(0, 1).index_select(0, rows.flatten())
+    return out.unflatten(0, rows.shape)
 
 
 def _add(start: Tensor, into: Tensor, update: Tensor, batch: int) -> Tensor:

@@ -14,7 +14,6 @@ makes it better.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -31,6 +30,7 @@ from .compressor import (
     check_share,
 )
 from .merging import RESTORES, Chain, Grid, Merge
+from .precision import full_precision
 from .schedule import SCHEDULES, WHOLE, Schedule
 from .similarity import match, sketch, sketch_dims
 from .windows import WINDOW, match_windows
@@ -264,11 +264,10 @@ class ProgressiveCompressor(Compressor):
         self, x: Tensor, count: int, index: int, layer: Layer, grid: Grid
     ) -> Merge:
         """Which tokens merge; found in full precision, as far as x has it."""
-        prefix, device = self.shape.num_prefix, x.device.type
-        patches = x[:, prefix:]
-        if torch.is_autocast_enabled(device):
-            patches = patches.float()
-        with _full_precision(device):
+        prefix = self.shape.num_prefix
+        # Under autocast tokens may come in half precision, or weights be.
+        patches = x[:, prefix:].to(self.gain.dtype)
+        with full_precision(x):
             if self.compare == 'keys':
                 metric = layer.mean_keys(patches)
             elif self.compare == 'sketch':
@@ -292,13 +291,3 @@ class ProgressiveCompressor(Compressor):
             f'compare={self.compare!r}, restore={self.restore!r}, '
             f'size_aware={self.size_aware}'
         )
-
-
-def _full_precision(device: str) -> AbstractContextManager:
-    """No autocast inside. Entered only where there is one: exports trace it.
-
-    Rounded similarities would pair other tokens than full ones.
-    """
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()

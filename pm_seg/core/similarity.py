@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .merging import Merge, rows_of
+from .merging import Merge
 
 SKETCH = 64  # channels that tokens are compared in
 
@@ -62,7 +62,6 @@ def match(
     Returns:
         Merge: K = T - count; tokens stay in their order.
     """
-    batch, tokens, _ = metric.shape
     unit = F.normalize(metric, dim=-1)
     even, odd = unit[:, ::2], unit[:, 1::2]
     if weight is None:
@@ -75,40 +74,40 @@ def match(
         )
         difference, partner = difference.min(dim=-1)
         nearness = -difference * even_weight
-    # The rank of each even token, from most alone to most similar.
-    rank = nearness.argsort(dim=-1).argsort(dim=-1)
-    index = torch.arange(tokens, device=metric.device)
-    chosen = torch.where(
-        rank >= even.shape[1] - count, 2 * partner + 1, index[::2]
-    )
-    pairs = [chosen[:, : odd.shape[1]], index[1::2].expand(batch, -1)]
-    target = torch.stack(pairs, dim=2).flatten(1)
-    target = torch.cat([target, chosen[:, odd.shape[1] :]], dim=1)
-    return merge_into(target, count, num_prefix)
+    # From most alone to most similar.
+    source = nearness.argsort(dim=-1)[:, even.shape[1] - count :]
+    partner = partner.gather(1, source)
+    rows = all_rows(metric, num_prefix)
+    patches = rows[:, num_prefix:]
+    return merge_into(
+        rows, patches[:, ::2].gather(1, source),
+        patches[:, 1::2].gather(1, partner),
+    )  # fmt: skip
 
 
-def merge_into(target: Tensor, count: int, num_prefix: int = 0) -> Merge:
-    """The merge of tokens into others, all in their order.
+def all_rows(metric: Tensor, num_prefix: int) -> Tensor:
+    """Numbers of all tokens of all images, (B, P+T), for (B, T, D)."""
+    batch, tokens, _ = metric.shape
+    rows = torch.arange(batch * (num_prefix + tokens), device=metric.device)
+    return rows.view(batch, -1)
+
+
+def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
+    """The merge of some tokens into others; those stay in their order.
+
+    Each operator is a kernel or more where nothing is compiled: few count.
 
     Args:
-        target (Tensor): Patch token that each one goes to: another, which
-            stays, or itself, int64, (B, T).
-        count (int): How many go to another.
-        num_prefix (int): P.
+        rows (Tensor): See :func:`all_rows`, int64, (B, P+T).
+        moved (Tensor): Those that go, each once, (B, R).
+        goal (Tensor): Where to, some that stay, (B, R).
     """
-    if num_prefix:
-        target = F.pad(target + num_prefix, (num_prefix, 0))
-    batch, tokens = target.shape
-    index = torch.arange(tokens, device=target.device)
-    if num_prefix:
-        target = torch.where(index < num_prefix, index, target)
-    # Who stays first, in order, then who goes.
-    order = torch.add(index, target != index, alpha=tokens).argsort(dim=1)
-    place = order.argsort(dim=1).gather(1, target)
-    kept, moved = order.split([tokens - count, count], dim=1)
-    return Merge(
-        kept=rows_of(kept, tokens),
-        moved=rows_of(moved, tokens),
-        into=rows_of(place.gather(1, moved), tokens - count),
-        place=place,
-    )
+    left = rows.shape[1] - moved.shape[1]
+    flat, moved = rows.flatten(), moved.flatten()
+    gone = flat.scatter(0, moved, flat.shape[0]).view_as(rows)
+    kept = gone.sort(dim=1).values[:, :left].flatten()
+    after = torch.arange(kept.shape[0], device=rows.device)
+    place = flat.scatter(0, kept, after)
+    into = place.index_select(0, goal.flatten())
+    place = place.scatter(0, moved, into).view_as(rows)
+    return Merge(kept=kept, moved=moved, into=into, rows=place)

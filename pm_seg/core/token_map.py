@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .merging import Grid
+from .precision import full_precision
 from .structure import PRUNED
 
 
@@ -157,12 +158,6 @@ class DenseTokenMap:
 
 
 def _full_product(matrix: Tensor, x: Tensor) -> Tensor:
-    """``matrix @ x`` in the dtype of ``x``, whatever autocast does.
-
-    Autocast is entered only where there is one: exports would trace it.
-    """
-    matrix, device = matrix.to(x.dtype), x.device.type
-    if not torch.is_autocast_enabled(device):
-        return matrix @ x
-    with torch.autocast(device, enabled=False):
-        return matrix @ x
+    """``matrix @ x`` in the dtype of ``x``, whatever autocast does."""
+    with full_precision(x):
+        return matrix.to(x.dtype) @ x

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .merging import Grid, Merge
-from .similarity import merge_into
+from .similarity import all_rows, merge_into
 
 WINDOW = 4  # tokens of a window
 
@@ -35,8 +35,8 @@ def match_windows(
         Merge: K = h * w - 3 * count.
     """
     height, width = grid
-    batch, tokens, device = len(metric), height * width, metric.device
-    index = torch.arange(tokens, device=device).view(height, width)
+    index = torch.arange(height * width, device=metric.device)
+    index = index.view(height, width)
     index = index[: height // 2 * 2, : width // 2 * 2]
     index = index.unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
     index = index.transpose(1, 2).reshape(-1, WINDOW)  # (windows, 4)
@@ -44,7 +44,10 @@ def match_windows(
     total = unit[:, index.flatten()].unflatten(1, (-1, WINDOW)).sum(2)
     chosen = total.square().sum(-1).topk(count, dim=1).indices
     members = index[chosen]  # (B, count, 4)
-    target = torch.arange(tokens, device=device).repeat(batch, 1)
-    first = members[:, :, :1].expand(-1, -1, WINDOW).flatten(1)
-    target = target.scatter(1, members.flatten(1), first)
-    return merge_into(target, (WINDOW - 1) * count, num_prefix)
+    first = members[:, :, :1].expand(-1, -1, WINDOW - 1)
+    rows = all_rows(metric, num_prefix)
+    moved, goal = (
+        rows[:, num_prefix:].gather(1, part.flatten(1))
+        for part in (members[:, :, 1:], first)
+    )
+    return merge_into(rows, moved, goal)

@@ -99,7 +99,9 @@ def _samples(node: object) -> Iterator[object]:
         yield node
 
 
-def check_labels(model: nn.Module, batch: object) -> None:
+def check_labels(
+    model: nn.Module, batch: object, first: int = 0, step: int = 1
+) -> None:
     """Raise ``ValueError`` if a label is none of the model's classes.
 
     On a GPU such a label ends the process without naming it, and mmseg's
@@ -108,6 +110,8 @@ def check_labels(model: nn.Module, batch: object) -> None:
     Args:
         model (nn.Module): Segmentor or classifier, wrapped or not.
         batch (dict): Of a data loader, before the data preprocessor.
+        first, step (int): Of maps, look at each ``step``-th row from
+            ``first`` on. Defaults to all.
     """
     if not isinstance(batch, Mapping):
         return
@@ -118,6 +122,8 @@ def check_labels(model: nn.Module, batch: object) -> None:
         label = _labels(sample)
         if label is None or label.is_floating_point() or not label.numel():
             continue
+        if label.dim() > 1:
+            label = label[..., first::step, :]
         wrong = (label >= classes) | (label < 0)
         if ignored is not None:
             wrong &= label != ignored

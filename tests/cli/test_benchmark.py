@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from rich.console import Console
 
-from pm_seg.cli import bench_measure, benchmark
+from pm_seg.cli import bench_measure, benchmark, kernels
 from pm_seg.cli.bench_models import METHODS, build_models, fit_positions
 from pm_seg.cli.bench_report import table
 from pm_seg.cli.kernels import count_kernels
@@ -219,7 +219,36 @@ def test_a_second_gpu_is_called_by_its_name(monkeypatch) -> None:
     assert bench_measure.device_name('cpu').startswith('CPU, ')
 
 
-def test_kernels_are_counted_part_by_part(config: Path, capsys) -> None:
+@pytest.mark.parametrize('device', ['cuda', 'cuda:1'])
+def test_it_starts_on_any_gpu(config: Path, device: str, monkeypatch) -> None:
+    """Until the first tensor moves there; onnx needs none of it."""
+    chosen = []
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', chosen.append)
+    monkeypatch.setattr(torch.cuda, '_check_stray_context', id, raising=False)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'GPU')
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(
+        benchmark, 'measure', lambda *args: (_ for _ in ()).throw(Done)
+    )
+    try:
+        with pytest.raises(Done):
+            benchmark.main(
+                [str(config), '--device', device, '--modes', 'eager', 'onnx']
+            )
+        assert torch.get_float32_matmul_precision() == 'high', 'TF32'
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert chosen == ([1] if device == 'cuda:1' else [])
+
+
+class Done(Exception):  # noqa: N818
+    pass
+
+
+def test_kernels_are_counted_part_by_part(
+    config: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(kernels, 'compiled_launches', lambda *args: (3, 10**6))
     rows = benchmark.main(
         [str(config), '--kernels', '--device', 'cpu', '--keep', '0.6']
     )
@@ -232,8 +261,23 @@ def test_kernels_are_counted_part_by_part(config: Path, capsys) -> None:
     )
     for part in rows:
         assert part['eager'] == sum(part['names'].values()) > 0
+        assert part['kernels'] >= part['eager'] and part['batch'] == 1
+    # In and out: what was before, gained and added; what gains, merged, after.
+    moved = parts['restore']['bytes']
+    assert moved > parts['merge']['bytes'] > 3 * 25 * 48 * 4
     text = capsys.readouterr().out
-    assert 'together' in text and 'linalg_vector_norm' in text
+    assert 'together' in text and 'batch 1' in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_compiled_kernels_and_their_bytes() -> None:
+    """One kernel that reads two tensors and writes one."""
+    x = torch.randn(64, 64)
+    launches, moved = kernels.compiled_launches(
+        lambda x: (x.sin() + x.T).cos(), x
+    )
+    assert launches == 1 and moved in (2 * 4 * 64**2, 3 * 4 * 64**2)
 
 
 def test_kernels_that_cannot_be_compiled_are_not_counted(monkeypatch) -> None:

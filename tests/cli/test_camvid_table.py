@@ -100,6 +100,15 @@ def test_done_rows_are_not_run_again(tmp_path: Path, monkeypatch) -> None:
     assert 'out of reach' in text
 
 
+@pytest.mark.parametrize('name', camvid_table.ROWS)
+def test_folders_survive_the_options_of_configs(name: str) -> None:
+    """mmengine takes spaces out of what it is given."""
+    folder = camvid_table._work_dir(arguments(), name, 0)
+    options = ['--cfg-options', f'load_from={folder}']
+    read = parse_args(['config', *options]).cfg_options
+    assert read['load_from'] == str(folder)
+
+
 def run_with(monkeypatch, message: str) -> dict:
     def fail(argv: list[str]) -> None:
         raise SystemExit(message)
@@ -128,10 +137,10 @@ def test_scores_of_the_paper_are_shared_between_budgets(
     """What ours measures depends on the budget and is not."""
     args = arguments('--work-dir', str(tmp_path), '--checkpoint', 'd.pth')
     assert camvid_table.scored(args, 'paper 50%', 0) == 'd.pth'
-    for name in ('paper 70%-0', 'ours 70%-0'):
+    for name in ('paper-70--0', 'ours-70--0'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'iter_0.pth').touch()
     found = camvid_table.scored(args, 'paper, whole model 50%', 0)
-    assert found == str(tmp_path / 'paper 70%-0' / 'iter_0.pth')
+    assert found == str(tmp_path / 'paper-70--0' / 'iter_0.pth')
     assert camvid_table.scored(args, 'paper 50%', 1) == 'd.pth'
     assert camvid_table.scored(args, 'ours 50%', 0) == 'd.pth'

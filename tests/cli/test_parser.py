@@ -14,7 +14,13 @@ from pm_seg.cli.parser import command, make_parser, wrong_usage
 from pm_seg.core.compressor import check_share
 
 #: Scripts whose help is argparse's own.
-PLAIN = {'make_api_docs', 'lab/mutation_check', 'lab/faults'}
+PLAIN = {
+    'make_api_docs',
+    'lab/mutation_check',
+    'lab/faults',
+    'lab/gpu_report',  # shown as tools/gpu_report.py
+    'lab/gpu_rows',
+}
 TOOLS = sorted(
     str(path.relative_to(ROOT / 'tools').with_suffix(''))
     for path in (ROOT / 'tools').glob('**/*.py')
@@ -26,6 +32,7 @@ TOOLS = [tool for tool in TOOLS if tool not in PLAIN]
 def module_of(tool: str) -> ModuleType:
     """What a script runs: the package's, or itself in the laboratory."""
     folder, _, name = tool.rpartition('/')
+    folder = folder or tool == 'gpu_report'
     return importlib.import_module(name if folder else f'pm_seg.cli.{name}')
 
 

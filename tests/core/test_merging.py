@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pm_seg.core import Merge
 from pm_seg.core.merging import Chain, spread_rows, sum_rows
-from pm_seg.core.similarity import merge_into
+from pm_seg.core.similarity import all_rows, merge_into
 
 
 class Case(NamedTuple):
@@ -24,6 +24,16 @@ class Case(NamedTuple):
     merge: Merge
     prefix: int
     merged: int  # P+K
+
+
+def go_to(target: Tensor, prefix: int = 0) -> Merge:
+    """Each patch token goes to the given one, or stays, (B, T)."""
+    stays = target == torch.arange(target.shape[1])
+    moved = torch.stack([(~row).nonzero().flatten() for row in stays])
+    goal = target.gather(1, moved)
+    rows = all_rows(target.unsqueeze(2), prefix)
+    moved, goal = (rows[:, prefix:].gather(1, t) for t in (moved, goal))
+    return merge_into(rows, moved, goal)
 
 
 def make_case(
@@ -45,7 +55,7 @@ def make_case(
         torch.randn(*shape, 3, generator=generator).double(),
         torch.randint(1, 9, (*shape, 1), generator=generator).double(),
         target,
-        merge_into(target, count, prefix),
+        go_to(target, prefix),
         prefix,
         prefix + tokens - count,
     )
@@ -134,13 +144,12 @@ def test_each_image_of_a_batch_is_on_its_own(case: Case, random) -> None:
     """Bit for bit, in any order."""
     order = list(range(len(case.x)))
     random.shuffle(order)
-    count = case.x.shape[1] - case.merged
-    together = merge_into(case.target[order], count, case.prefix)
+    together = go_to(case.target[order], case.prefix)
     x, size = case.x[order], case.size[order]
     merged, total = together.merge(x, size)
     out = together.restore(x, merged, merged.sin(), total.sin())
     for row, image in enumerate(order):
-        one = merge_into(case.target[[image]], count, case.prefix)
+        one = go_to(case.target[[image]], case.prefix)
         z, s = one.merge(case.x[[image]], case.size[[image]])
         assert torch.equal(merged[[row]], z)
         assert torch.equal(total[[row]], s)
@@ -181,7 +190,7 @@ def test_sizes_stay_exact_in_half_precision(dtype: torch.dtype) -> None:
     target = torch.zeros(1, 600, dtype=torch.int64)
     target[0, 300:] = torch.arange(300, 600)
     chain = Chain(torch.randn(1, 600, 4).to(dtype), num_prefix=0)
-    chain.merge(merge_into(target, 299), torch.tensor(1.0))
+    chain.merge(go_to(target), torch.tensor(1.0))
     assert chain.size.dtype == torch.float32 and chain.size[0, 0] == 300
     assert chain.x.dtype == dtype
 
@@ -194,9 +203,9 @@ def test_a_chain_undoes_its_merges_newest_first(kind: str) -> None:
     assert chain.log_size is None and chain.groups() is None
     assert torch.equal(chain.restored(kind), x)
     gain = torch.tensor(0.5)
-    chain.merge(merge_into(torch.tensor([[0, 0, 2, 3]]), 1, 1), gain)
+    chain.merge(go_to(torch.tensor([[0, 0, 2, 3]]), 1), gain)
     chain.x = chain.x + 1
-    chain.merge(merge_into(torch.tensor([[0, 0, 2]]), 1, 1), gain)
+    chain.merge(go_to(torch.tensor([[0, 0, 2]]), 1), gain)
     chain.x = chain.x + 10
     assert chain.tokens == 2 and chain.num_prefix == 1
     assert chain.size.flatten().tolist() == [1, 3, 1]

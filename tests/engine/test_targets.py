@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import build
 
-from pm_seg.engine import meet_target
+from pm_seg.engine import meet_target, targets
 from pm_seg.engine.targets import check_target
 from pm_seg.utils import count_macs
 
@@ -61,3 +61,49 @@ def test_impossible_target() -> None:
 def test_bad_target(target: dict) -> None:
     with pytest.raises(ValueError, match='target'):
         check_target(target)
+
+
+@pytest.mark.parametrize(
+    ('target', 'message'),
+    [
+        (dict(share=0.5, batch_size=2), 'go with latency_ms alone'),
+        (dict(latency_ms=5, batch_size=0), 'batch_size=0 must be'),
+        (dict(latency_ms=5, batch_size=1.5), 'batch_size=1.5 must be'),
+    ],
+)
+def test_bad_latency(target: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_target(target)
+
+
+def test_a_latency_is_that_of_what_is_deployed(monkeypatch) -> None:
+    """Its batch, its mode and the model's own numbers."""
+    model, shapes, compiled = build().eval().bfloat16(), [], []
+    model.backbone.register_forward_pre_hook(
+        lambda module, args: shapes.append((args[0].dtype, len(args[0])))
+    )
+
+    def keep(function, **options):
+        compiled.append(options)
+        return function
+
+    monkeypatch.setattr(torch, 'compile', keep)
+    target = dict(latency_ms=10_000, batch_size=3, compiled=True)
+    assert meet_target(model, target) == 1.0
+    assert set(shapes) == {(torch.bfloat16, 3)} and len(compiled) == 1
+    meet_target(model, dict(latency_ms=10_000))
+    assert shapes[-1] == (torch.bfloat16, 1) and len(compiled) == 1
+
+
+def test_the_first_process_decides_for_all(monkeypatch) -> None:
+    """Whatever this one measures: latencies differ."""
+    times = iter(())
+    monkeypatch.setattr(
+        targets, 'broadcast', lambda value: value.fill_(1e3 * next(times))
+    )
+    keeps = []
+    for own in (1e-6, 1e6):
+        times = iter([9.0, 0.1, 9.0, 0.1, 9.0, 9.0] + [0.1] * 6)
+        monkeypatch.setattr(targets, 'median', lambda seconds, own=own: own)
+        keeps.append(meet_target(build().eval(), dict(latency_ms=1e3)))
+    assert keeps[0] == keeps[1] < 1

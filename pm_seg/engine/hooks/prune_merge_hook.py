@@ -45,7 +45,7 @@ class PruneMergeHook(Hook):
             0.
         target (dict, optional): A budget of the whole model instead of the
             ``keep`` of the config: ``dict(gmacs=...)``, ``dict(share=...)``
-            or ``dict(latency_ms=...)``, see
+            or ``dict(latency_ms=..., batch_size=1, compiled=False)``, see
             :func:`pm_seg.engine.targets.meet_target`. Defaults to None.
         evaluate (bool): Whether to run the validation before compression and
             straight after it. Defaults to False.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from mmengine.structures import BaseDataElement
+from mmengine.structures import BaseDataElement, PixelData
+from mmseg.structures import SegDataSample
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -23,6 +25,7 @@ from pm_seg.engine.faults import (
     dead_worker,
     explain,
 )
+from pm_seg.engine.hooks import guard_hook
 from pm_seg.utils.checkpoints import (
     latest_intact_checkpoint,
     read_checkpoint,
@@ -214,6 +217,38 @@ def test_labels_of_a_classifier() -> None:
     with pytest.raises(ValueError, match=r'label 3, expected 0\.\.2: '):
         check_labels(model, dict(data_samples=[[sample]]))
     check_labels(nn.Linear(1, 1), dict(data_samples=[sample]))  # no head
+
+
+def test_rows_of_a_map_in_turns() -> None:
+    model, label = nn.Module(), torch.zeros(1, 8, 4, dtype=torch.int64)
+    model.decode_head = nn.Module()
+    model.decode_head.num_classes = 3
+    label[0, 5] = 7
+    sample = SegDataSample(gt_sem_seg=PixelData(data=label))
+    batch = dict(data_samples=[sample])
+    for first in range(4):
+        if first == 1:
+            with pytest.raises(ValueError, match='label 7'):
+                check_labels(model, batch, first, 4)
+        else:
+            check_labels(model, batch, first, 4)
+
+
+def test_a_gpu_does_not_wait_for_labels(monkeypatch) -> None:
+    """An eighth of the rows before an iteration, all if it fails."""
+    seen, hook = [], RunGuardHook()
+    monkeypatch.setattr(
+        guard_hook, 'check_labels', lambda *args: seen.append(args[1:])
+    )
+    weight = SimpleNamespace(is_cuda=True)
+    model = SimpleNamespace(parameters=lambda: iter([weight]))
+    for number in (0, 9):
+        runner = SimpleNamespace(model=model, iter=number)
+        hook.before_train_iter(runner, number, dict(number=number))
+    hook.blame(runner)
+    assert seen == [
+        (dict(number=0), 0, 8), (dict(number=9), 1, 8), (dict(number=9),),
+    ]  # fmt: skip
 
 
 def test_dead_workers_are_told_from_errors(tmp_path: Path, capsys) -> None:

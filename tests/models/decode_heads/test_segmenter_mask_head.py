@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmseg.models.decode_heads import SegmenterMaskTransformerHead
@@ -80,7 +82,10 @@ def test_layers_run_on_the_groups_of_the_backbone() -> None:
     for image in range(2):
         groups = inputs.groups
         one = TokenGroups(
-            [place[[image]] for place in groups.places],
+            [
+                SimpleNamespace(place=merge.place[[image]])
+                for merge in groups.merges
+            ],
             groups.size[[image]],
             1,
         )
