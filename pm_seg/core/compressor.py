@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .merging import Grid, TokenGroups, extra_of
+from .merging import Grid, TokenGroups
+from .rows import extra_of
 
 #: Gets layers, the group of each of their patch tokens, int64, (B or 1, N),
 #: None where all are on their own, and the grid; in the order they run.

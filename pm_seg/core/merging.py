@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import add_rows, extra_of, spread_rows, sum_rows, take_rows
+
 Grid = tuple[int, int]
 RESTORES = ('residual', 'replace')
 
@@ -75,7 +77,7 @@ class Merge:
         batch, size = len(size), size.flatten(0, 1)
         moved = size.index_select(0, self.moved)
         start = size.index_select(0, self.kept)
-        total = _add(start, self.into, moved, batch)
+        total = add_rows(start, self.into, moved, batch)
         share = moved / total.index_select(0, self.into)
         return (
             total.unflatten(0, (batch, -1)),
@@ -100,7 +102,7 @@ class Merge:
         start = x.index_select(0, self.kept)
         update = x.index_select(0, self.moved)
         update = update - start.index_select(0, self.into)
-        merged = _add(start, self.into, update * share.to(x.dtype), batch)
+        merged = add_rows(start, self.into, update * share.to(x.dtype), batch)
         return merged.unflatten(0, (batch, -1))
 
     def restore(
@@ -122,7 +124,7 @@ class Merge:
 
     def spread(self, z: Tensor) -> Tensor:
         """What the group of each token holds, (B, P+K, C) -> (B, P+T, C)."""
-        return _take(z, self.rows)
+        return take_rows(z, self.rows)
 
 
 class Step(NamedTuple):
@@ -264,66 +266,3 @@ class Chain:
             return None
         merges = [step.merge for step in self.steps]
         return TokenGroups(merges, self.size, self.num_prefix)
-
-
-def extra_of(extra: Tensor | None, layer: int) -> tuple[Tensor, ...]:
-    """What a layer on all tokens gets beside them, (N, E) or (heads, N, E).
-
-    Args:
-        extra (Tensor, optional): (N, E), or (L, heads, N, E).
-        layer (int): Its index.
-    """
-    if extra is None:
-        return ()
-    return (extra if extra.dim() == 2 else extra[layer],)
-
-
-def spread_rows(z: Tensor, place: Tensor) -> Tensor:
-    """Row ``place`` of each image, (B, K, C) by (B, T) -> (B, T, C)."""
-    return _take(z, rows_of(place, z.shape[1]).view_as(place))
-
-
-def sum_rows(x: Tensor, place: Tensor, groups: int) -> Tensor:
-    """Sum of the rows that go to each place, the transpose of spread_rows.
-
-    Args:
-        x (Tensor): (B, T, C).
-        place (Tensor): int64, (B, T).
-        groups (int): K.
-
-    Returns:
-        Tensor: (B, K, C).
-    """
-    start = x.new_zeros(len(x) * groups, x.shape[2])
-    total = _add(start, rows_of(place, groups), x.flatten(0, 1), len(x))
-    return total.unflatten(0, (len(x), -1))
-
-
-def rows_of(index: Tensor, tokens: int) -> Tensor:
-    """Indices within images of so many tokens to rows of all, (B * R,)."""
-    batch = len(index)
-    if batch > 1:
-        start = torch.arange(batch, device=index.device) * tokens
-        index = index + start.unsqueeze(1)
-    return index.flatten()
-
-
-def _take(z: Tensor, rows: Tensor) -> Tensor:
-    """Rows of all images, (B, K, C) by (B, T) -> (B, T, C)."""
-    out = z.flatten(0, 1).index_select(0, rows.flatten())
-    return out.unflatten(0, rows.shape)
-
-
-def _add(start: Tensor, into: Tensor, update: Tensor, batch: int) -> Tensor:
-    """``start`` with ``update`` added to the rows ``into``.
-
-    A sum where nothing is compiled or exported. There a product with a small
-    0-1 matrix: it fuses, gives the same bits in each run, and is in every
-    export format.
-    """
-    if not torch.compiler.is_compiling():
-        return start.index_add(0, into, update)
-    start, update = (t.unflatten(0, (batch, -1)) for t in (start, update))
-    rows = torch.arange(batch * start.shape[1], device=into.device)
-    member = rows.view(batch, -1, 1) == into.view(batch, 1, -1)
-    return (start + member.to(update.dtype) @ update).flatten(0, 1)

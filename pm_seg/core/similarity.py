@@ -95,18 +95,28 @@ def all_rows(metric: Tensor, num_prefix: int) -> Tensor:
 def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
     """The merge of some tokens into others; those stay in their order.
 
-    Each operator is a kernel or more where nothing is compiled: few count.
-
     Args:
         rows (Tensor): See :func:`all_rows`, int64, (B, P+T).
         moved (Tensor): Those that go, each once, (B, R).
         goal (Tensor): Where to, some that stay, (B, R).
     """
     left = rows.shape[1] - moved.shape[1]
+    after = torch.arange(len(rows) * left, device=rows.device)
+    if torch.compiler.is_compiling():  # without what exports may lack
+        gone = (rows.unsqueeze(2) == moved.unsqueeze(1)).any(2)
+        gone = torch.where(gone, rows.numel(), rows)
+        kept = gone.sort(dim=1).values[:, :left]
+        # Each token's place among those that stay, then those that go.
+        order = torch.cat([kept, moved], 1).argsort(dim=1)
+        after = after.view(-1, left)
+        into = order.gather(1, goal - rows[:, :1]) + after[:, :1]
+        place = torch.cat([after, into], 1).gather(1, order)
+        kept, moved, into = kept.flatten(), moved.flatten(), into.flatten()
+        return Merge(kept=kept, moved=moved, into=into, rows=place)
+    # Each operator is a kernel or more: few count.
     flat, moved = rows.flatten(), moved.flatten()
     gone = flat.scatter(0, moved, flat.shape[0]).view_as(rows)
     kept = gone.sort(dim=1).values[:, :left].flatten()
-    after = torch.arange(kept.shape[0], device=rows.device)
     place = flat.scatter(0, kept, after)
     into = place.index_select(0, goal.flatten())
     place = place.scatter(0, moved, into).view_as(rows)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compressor import EncoderShape, Layer, Outputs, check_option, plainly
-from .merging import Grid, extra_of, sum_rows
+from .merging import Grid
 from .positional import PositionalCompressor
+from .rows import extra_of, sum_rows
 from .structure import PRUNED
 from .token_map import DenseTokenMap, TokenMap
 

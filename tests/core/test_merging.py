@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pm_seg.core import Merge
-from pm_seg.core.merging import Chain, spread_rows, sum_rows
+from pm_seg.core.merging import Chain
+from pm_seg.core.rows import spread_rows, sum_rows
 from pm_seg.core.similarity import all_rows, merge_into
 
 

@@ -42,7 +42,7 @@ FAULTS = (
     ),
     Fault(
         'merging', 'sizes do not grow',
-        'total = _add(start, self.into, moved, batch)',
+        'total = add_rows(start, self.into, moved, batch)',
         'total = start + 0', MERGE,
     ),
     Fault(
@@ -76,12 +76,12 @@ FAULTS = (
         '/ size.to(x.dtype)', '/ 1', MERGE,
     ),
     Fault(
-        'merging', 'images of a batch share rows',
+        'rows', 'images of a batch share rows',
         'index = index + start.unsqueeze(1)',
         'index = index + 0 * start.unsqueeze(1)', MERGE,
     ),
     Fault(
-        'merging', 'the product of compiled graphs misses tokens',
+        'rows', 'the product of compiled graphs misses tokens',
         'member = rows.view(batch, -1, 1) == into.view(batch, 1, -1)',
         'member = rows.view(batch, -1, 1) == into.view(batch, 1, -1) + 1',
         (*MERGE, 'test_contract'),
