@@ -12,7 +12,7 @@ from ..convert import (
     read_source,
     write_converted,
 )
-from ..convert.keys import pair
+from ..convert.hints import pair
 from ..convert.results import NORMALIZATIONS, config_path
 from ..utils.quiet import quiet_warnings
 from .common import check_environment, check_output

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..utils.files import whole_files
 from ..version import __version__
+from .keys import Geometry
 from .sources import ConversionError
 
 #: Pixel mean and standard deviation, RGB.
@@ -19,6 +20,15 @@ NORMALIZATIONS = {
     'vit': ([127.5, 127.5, 127.5], [127.5, 127.5, 127.5]),
     'imagenet': ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
 }
+
+
+def normalization(
+    name: str, guessed: bool = False
+) -> tuple[dict[str, list[float]], str]:
+    """Pixel ``mean`` and ``std`` by their name, and a note that says them."""
+    mean, std = (list(values) for values in NORMALIZATIONS[name])
+    reason = ' (a guess; change it with --normalization)' if guessed else ''
+    return dict(mean=mean, std=std), f'pixel mean {mean} and std {std}{reason}'
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Converted:
         state_dict (dict[str, Tensor]): Weights of ``model``.
         model (dict): Config of the model.
         scope (str): Default scope, 'mmseg' or 'mmpretrain'.
+        geometry (Geometry): Sizes of the backbone.
         dataset_meta (dict): Names of the classes, where known.
         notes (list[str]): What a user should know.
     """
@@ -36,6 +47,7 @@ class Converted:
     state_dict: dict[str, Tensor]
     model: dict[str, Any]
     scope: str
+    geometry: Geometry
     dataset_meta: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
