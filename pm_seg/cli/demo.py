@@ -19,7 +19,13 @@ from rich.table import Table
 from ..core import GroupRecorder
 from ..datasets.scenes import CLASS_IDS
 from ..utils import count_macs, median, time_interleaved
-from ..visualization import draw_groups, paint_labels, save_panels
+from ..visualization import (
+    Panel,
+    draw_groups,
+    paint_labels,
+    panel_figure,
+    save_figure,
+)
 from . import compress, make_scenes, test, train
 from .common import command, make_parser, quiet_warnings, resolve_config
 
@@ -101,7 +107,9 @@ def _draw(
         label_map[CLASS_IDS[name]] = new
     compressor = small.backbone.compressor
     layer = compressor.shape.depth - 1
-    rows = []
+    titles = ('image', f'token groups, layer {layer}', 'dense', 'compressed',
+              'annotation')  # fmt: skip
+    panels = []
     for file in sorted((root / 'images' / 'validation').iterdir())[:4]:
         image = cv2.imread(str(file))
         truth = cv2.imread(
@@ -118,15 +126,9 @@ def _draw(
         even = cv2.resize(rgb, (16 * width, 16 * height))
         groups = cv2.resize(draw_groups(even, group), rgb.shape[1::-1])
         labels = [*predictions, label_map[truth]]
-        rows.append([rgb, groups, *(paint_labels(m, palette) for m in labels)])
-    titles = [
-        'image',
-        f'token groups, layer {layer}',
-        'dense',
-        'compressed',
-        'annotation',
-    ]
-    save_panels(path, rows, titles)
+        images = rgb, groups, *(paint_labels(m, palette) for m in labels)
+        panels += map(Panel, titles, images)
+    save_figure(panel_figure(panels, len(titles)), path)
 
 
 def _table(results: dict[str, dict[str, float]]) -> Table:

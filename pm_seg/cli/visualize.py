@@ -14,7 +14,10 @@ from mmengine.runner import load_checkpoint
 from rich.console import Console
 from rich.table import Table
 
-from ..engine.inspection import (
+from ..models.distillation import strip_compression
+from ..utils import ProgressReporter
+from ..visualization import save_figure
+from ..visualization.inspection import (
     Inspection,
     dataset_meta,
     inspect,
@@ -22,9 +25,6 @@ from ..engine.inspection import (
     structure_figures,
     test_pipeline,
 )
-from ..models.distillation import strip_compression
-from ..utils import ProgressReporter
-from ..visualization import save_figure
 from .common import (
     add_common_arguments,
     command,

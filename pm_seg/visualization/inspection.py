@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +20,22 @@ from mmengine.utils import to_2tuple
 from torch import Tensor
 
 from ..core import GroupRecorder
-from ..visualization import (
-    CHANGED,
-    JUDGED,
-    Panel,
-    depth_figure,
-    group_panels,
-    make_palette,
-    panel_figure,
-    prediction_panels,
-    ranking_figure,
-    score_panels,
-)
-from .report import module_reports
-from .scoring import (
+from ..engine.scoring import (
     compressible_modules,
     evaluating,
     require_compressible,
     uncompressed,
+)
+from .figures import depth_figure, panel_figure, ranking_figure
+from .layers import module_reports
+from .panels import (
+    CHANGED,
+    JUDGED,
+    Panel,
+    group_panels,
+    make_palette,
+    prediction_panels,
+    score_panels,
 )
 
 TOP = 5
@@ -168,6 +166,16 @@ def _palette(meta: dict, least: int) -> list[Sequence[int]]:
     return palette if len(palette) >= least else make_palette(count)
 
 
+def _datasets(cfg: Config, *loaders: str) -> Iterator[dict]:
+    """Datasets of loaders, inside wrappers that repeat or join them."""
+    for loader in loaders:
+        dataset = (cfg.get(f'{loader}_dataloader') or {}).get('dataset')
+        while dataset and dataset.get('dataset'):
+            dataset = dataset['dataset']
+        if dataset:
+            yield dataset
+
+
 def dataset_meta(cfg: Config, saved: dict | None = None) -> dict:
     """Class names and palette of a config's dataset.
 
@@ -178,10 +186,7 @@ def dataset_meta(cfg: Config, saved: dict | None = None) -> dict:
     meta = (saved or {}).get('meta', {}).get('dataset_meta')
     if meta and meta.get('classes'):
         return meta
-    for loader in ('test', 'val', 'train'):
-        dataset = _innermost(cfg.get(f'{loader}_dataloader') or {})
-        if dataset is None:
-            continue
+    for dataset in _datasets(cfg, 'test', 'val', 'train'):
         cls = dataset.get('type')
         if isinstance(cls, str):
             with DATASETS.switch_scope_and_registry(None) as registry:
@@ -195,23 +200,14 @@ def dataset_meta(cfg: Config, saved: dict | None = None) -> dict:
     return {}
 
 
-def _innermost(loader: dict) -> dict | None:
-    """The dataset's config inside wrappers that repeat or join it."""
-    dataset = loader.get('dataset')
-    while dataset is not None and dataset.get('dataset'):
-        dataset = dataset['dataset']
-    return dataset
-
-
 def test_pipeline(cfg: Config) -> Compose:
     """The transforms of testing, for images without annotation.
 
     Raises:
         ValueError: If the config has no test data loader.
     """
-    for loader in ('test', 'val'):
-        dataset = _innermost(cfg.get(f'{loader}_dataloader') or {})
-        if dataset is not None and dataset.get('pipeline'):
+    for dataset in _datasets(cfg, 'test', 'val'):
+        if dataset.get('pipeline'):
             steps = copy.deepcopy(dataset['pipeline'])
             return Compose(
                 [s for s in steps if s['type'] != 'LoadAnnotations']
@@ -337,17 +333,22 @@ def module_scores(model: BaseModel) -> dict[str, np.ndarray]:
     }
 
 
+def tokens_figure(model: BaseModel) -> Figure:
+    """Patch tokens each layer works on, of a model with a structure."""
+    kept = {
+        name: [100 * x.kept / report.num_tokens for x in report.layers]
+        for name, report in module_reports(model).items()
+    }
+    return depth_figure(kept, 'patch tokens kept, %', 100)
+
+
 def structure_figures(model: BaseModel) -> dict[str, Figure]:
     """What does not depend on the image: 'tokens', and 'scores' if any.
 
     Args:
         model (BaseModel): With a structure, not wrapped.
     """
-    kept = {
-        name: [100 * x.kept / report.num_tokens for x in report.layers]
-        for name, report in module_reports(model).items()
-    }
-    figures = {'tokens': depth_figure(kept, 'patch tokens kept, %', 100)}
+    figures = {'tokens': tokens_figure(model)}
     panels = score_panels(module_scores(model))
     if panels:
         figures['scores'] = panel_figure(panels, score_bar=True)

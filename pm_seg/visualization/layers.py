@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core import LayerLoad
 from ..core.merging import Grid
-from .scoring import compressible_modules
+from ..engine.scoring import compressible_modules
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,24 @@ class ModuleReport:
     layer_macs: float
 
     @property
+    def splits(self) -> bool:
+        """Whether attention and MLP of a layer see different numbers."""
+        return any(x.attended != x.kept for x in self.layers)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a layer leaves tokens out."""
+        return any(x.pruned for x in self.layers)
+
+    @property
     def macs(self) -> float:
         """Multiply-accumulates of all layers."""
         return sum(layer.macs for layer in self.layers)
 
     @property
-    def dense_macs(self) -> float:
-        """The same of the dense layers."""
-        return len(self.layers) * self.layer_macs
-
-    @property
     def share(self) -> float:
         """What is left of the dense layers' operations."""
-        return self.macs / self.dense_macs
+        return self.macs / (len(self.layers) * self.layer_macs)
 
 
 def module_reports(model: nn.Module) -> dict[str, ModuleReport]:
@@ -81,8 +86,7 @@ def describe(model: nn.Module) -> str:
 
 
 def _table(report: ModuleReport) -> list[str]:
-    between = any(x.attended != x.kept for x in report.layers)
-    pruned = any(x.pruned for x in report.layers)
+    between, pruned = report.splits, report.prunes
     head = '  layer  ' + 'attention  ' * between + 'tokens         '
     lines = [head + 'pruned  ' * pruned + ' GMACs  of dense']
     for index, layer in enumerate(report.layers):
