@@ -173,7 +173,7 @@ def fetch(url: str, target: Path, checksum: str | None) -> None:
             require_space(target.parent, needed, 'The zip, and unpacking it,')
 
         partial, _ = partial_files(target)
-        download(url, target, None, checksum, progress, before)
+        download(url, target, checksum, progress, before)
 
 
 def unpack(

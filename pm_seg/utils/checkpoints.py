@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,14 +19,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 #: Torch's own switch for loading checkpoints with code in them.
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 #: Lines around torch's reason for refusing a file.
-_ADVICE = (
-    'Weights only load failed',
-    'Please file',
-    'Check the',
-    'To execute',
-    '(1)',
-    '(2)',
-)
+_ADVICE = ('Weights only load failed', 'Please file', 'Check the',
+           'To execute', '(1)', '(2)')  # fmt: skip
 #: Reasons that mean that it holds more than data.
 _CODE = re.compile(
     r'\bglobal\b|refusing|unrecognized function|unsupported class|Can only',
@@ -52,17 +46,13 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
     return text.encode('latin1')
 
 
-def _known_as(function: Callable, module: str, name: str) -> None:
-    """Give a stand-in the name it is looked up by.
-
-    Torch before 2.6 takes no name beside the function.
-    """
-    function.__module__ = module
-    function.__name__ = function.__qualname__ = name
-
-
-_known_as(_history_method, 'builtins', 'getattr')
-_known_as(_latin1_bytes, '_codecs', 'encode')
+# The names they are looked up by; torch before 2.6 takes none beside them.
+for _stand_in, _module, _name in (
+    (_history_method, 'builtins', 'getattr'),
+    (_latin1_bytes, '_codecs', 'encode'),
+):
+    _stand_in.__module__ = _module
+    _stand_in.__name__ = _stand_in.__qualname__ = _name
 
 
 def allow_training_state() -> None:
@@ -72,21 +62,20 @@ def allow_training_state() -> None:
     cannot resume: its checkpoints hold logged scalars as ``HistoryBuffer``
     with numpy arrays. These few types are allowed; code is still refused.
     """
-    core = np._core if hasattr(np, '_core') else np.core
-    multiarray = core.multiarray
-    types: list = [
-        HistoryBuffer,
-        np.ndarray,
-        np.dtype,
-        multiarray._reconstruct,
-        multiarray.scalar,
-    ]
-    types += [
-        type(np.dtype(kind))
-        for kind in (np.float32, np.float64, np.int32, np.int64, np.uint32)
-    ]
-    types += [_history_method, _latin1_bytes]
-    torch.serialization.add_safe_globals(types)
+    multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
+    kinds = np.float32, np.float64, np.int32, np.int64, np.uint32
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            multiarray._reconstruct,
+            multiarray.scalar,
+            *(type(np.dtype(kind)) for kind in kinds),
+            _history_method,
+            _latin1_bytes,
+        ]
+    )
 
 
 def read_checkpoint(
@@ -197,9 +186,11 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
         reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
         raise _damaged(path, reason) from error
     if not isinstance(content, Mapping) or not content:
+        kind = f'a {type(content).__name__}'
+        kind = 'nothing' if isinstance(content, Mapping) else kind
         raise CheckpointError(
-            f'checkpoint {path} holds {_kind(content)}; expected a dict of '
-            'weights by name, or one with a state_dict, as torch.save('
+            f'checkpoint {path} holds {kind}; expected a dict of weights by '
+            'name, or one with a state_dict, as torch.save('
             'model.state_dict(), path) writes it'
         )
     meta = content.get('meta')
@@ -208,17 +199,10 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
     return content
 
 
-def _kind(content: object) -> str:
-    empty = isinstance(content, Mapping)
-    return 'nothing' if empty else f'a {type(content).__name__}'
-
-
 def _damaged(path: Path, reason: str) -> CheckpointError:
-    remedy = (
-        'use tools/convert_checkpoint.py'
-        if path.suffix.lower() in ('.npz', '.safetensors')
-        else 'download or copy it again, or use an earlier one'
-    )
+    remedy = 'download or copy it again, or use an earlier one'
+    if path.suffix.lower() in ('.npz', '.safetensors'):
+        remedy = 'use tools/convert_checkpoint.py'
     return CheckpointError(
         f'checkpoint {path} cannot be read ({reason}; it has '
         f'{path.stat().st_size} bytes): it is truncated, damaged or no .pth '
@@ -239,17 +223,13 @@ def latest_intact_checkpoint(
         finite (bool): Whether to pass over those with NaN or inf in their
             weights. Defaults to False.
     """
-
-    def number(path: Path) -> int:
-        return int(path.stem.rsplit('_', 1)[1])
-
     found = [
-        path
+        (int(path.stem.rsplit('_', 1)[1]), path)
         for kind in ('iter', 'epoch')
         for path in Path(work_dir).glob(f'{kind}_*.pth')
         if path.stem.rsplit('_', 1)[1].isdigit()
     ]
-    for path in sorted(found, key=number, reverse=True):
+    for _, path in sorted(found, reverse=True):
         problem = _fault(path, finite)
         if problem is None:
             return str(path)
@@ -260,16 +240,16 @@ def latest_intact_checkpoint(
 def _fault(path: Path, finite: bool) -> str | None:
     """What keeps a run from going on from a checkpoint, if anything."""
     try:
-        if not zipfile.is_zipfile(path):
-            return 'not a whole checkpoint'
+        whole = zipfile.is_zipfile(path)
         check_archive(path)
     except (zipfile.BadZipFile, OSError):
+        whole = False
+    if not whole:
         return 'not a whole checkpoint'
-    if finite:
-        state = read_checkpoint(path).get('state_dict', {})
-        for key, value in state.items():
-            if not torch.isfinite(value).all():
-                return f'{key} contains NaN or inf'
+    state = read_checkpoint(path).get('state_dict', {}) if finite else {}
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            return f'{key} contains NaN or inf'
     return None
 
 
