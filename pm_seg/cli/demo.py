@@ -134,7 +134,7 @@ def _draw(
 def _table(results: dict[str, dict[str, float]]) -> Table:
     table = Table(title='Dense against compressed (CPU, fp32, one image)')
     for column in ('model', 'mIoU', 'GMACs', 'ms/image', 'images/s', 'speed'):
-        table.add_column(column, justify='left' if column == 'model' else None)
+        table.add_column(column)
     base = results['dense']['ms']
     for name, row in results.items():
         table.add_row(
