@@ -128,15 +128,9 @@ def depth_figure(
     if full is not None:
         axis.axhline(full, color='0.45', linestyle=':', linewidth=1.5)
         axis.annotate(
-            'dense',
-            (1, full),
-            (-4, -4),
-            xycoords=('axes fraction', 'data'),
-            textcoords='offset points',
-            ha='right',
-            va='top',
-            color='0.3',
-        )
+            'dense', (1, full), (-4, -4), color='0.3', ha='right', va='top',
+            xycoords=('axes fraction', 'data'), textcoords='offset points',
+        )  # fmt: skip
     for number, (name, values) in enumerate(series.items()):
         axis.plot(
             range(len(values)),
@@ -147,8 +141,7 @@ def depth_figure(
             linestyle=('-', '--', '-.')[number % 3],
             label=name,
         )
-    axis.set_xlabel('layer')
-    axis.set_ylabel(label)
+    axis.set(xlabel='layer', ylabel=label)
     axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.spines[['top', 'right']].set_visible(False)
@@ -175,33 +168,23 @@ def ranking_figure(
     shown.imshow(image)
     shown.set_axis_off()
     names = [textwrap.shorten(name, 28) for name, _, _ in ranking]
-    longest = max(map(len, names))
-    left = 0.37 + 0.0088 * longest
+    left = 0.37 + 0.0088 * max(map(len, names))
     axis = figure.add_axes((left, 0.15, 0.95 - left, 0.72))
     where = np.arange(len(names))
     for number, name in enumerate(('dense', 'compressed')):
-        values = [100 * row[1 + number] for row in ranking]
         bars = axis.barh(
             where + (number - 0.5) * 0.4,
-            values,
+            [100 * row[1 + number] for row in ranking],
             0.36,
             color=CYCLE[number],
             label=name,
         )
         axis.bar_label(bars, fmt='%.1f', padding=2, fontsize=_FONT - 2)
     axis.set_yticks(where, names, fontsize=_FONT)
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xlim(0, 112)
-    axis.set_xticks(range(0, 101, 25))
-    axis.set_xlabel('probability, %')
+    axis.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 112))
+    axis.set(xticks=range(0, 101, 25), xlabel='probability, %')
     axis.spines[['top', 'right']].set_visible(False)
-    figure.legend(
-        *axis.get_legend_handles_labels(),
-        frameon=False,
-        loc='upper right',
-        ncols=2,
-        fontsize=_FONT,
-    )
+    figure.legend(frameon=False, loc='upper right', ncols=2, fontsize=_FONT)
     return figure
 
 
@@ -219,8 +202,6 @@ def to_array(figure: Figure) -> np.ndarray:
 
 def to_svg(figure: Figure) -> str:
     """A figure as SVG; text becomes outlines, the same in every browser."""
-    out = io.StringIO()
-    figure.savefig(
-        out, format='svg', facecolor='white', metadata={'Date': None}
-    )
+    out, meta = io.StringIO(), {'Date': None}
+    figure.savefig(out, format='svg', facecolor='white', metadata=meta)
     return out.getvalue()

@@ -82,21 +82,31 @@ class Inspection:
         """Segmentations beside each other, see :func:`prediction_panels`."""
         if self.classifies:
             return [Panel('image', self.image)]
-        palette = _palette(meta, int(max(self.dense.max(), 0)) + 1)
         return prediction_panels(
-            self.original, self.dense, self.compressed, palette, self.truth
+            self.original,
+            self.dense,
+            self.compressed,
+            self._palette(meta),
+            self.truth,
         )
+
+    def _palette(self, meta: dict) -> list[Sequence[int]]:
+        """Colours of all classes, our own where the dataset has too few."""
+        least = int(max(self.dense.max(), self.compressed.max())) + 1
+        palette = list(meta.get('palette') or ())
+        if len(palette) >= least:
+            return palette
+        return make_palette(max(least, len(meta.get('classes') or ())))
 
     def legend(self, meta: dict) -> dict[str, tuple[float, ...]]:
         """Colours of the largest classes."""
         if self.classifies:
             return {}
-        maps = [self.dense, self.compressed]
-        known = max(int(m.max()) + 1 for m in maps)
-        palette = _palette(meta, known)
-        if self.truth is not None:
-            maps.append(self.truth)
-        values, counts = np.unique(np.stack(maps), return_counts=True)
+        palette = self._palette(meta)
+        maps = [self.dense, self.compressed, self.truth]
+        values, counts = np.unique(
+            np.stack([m for m in maps if m is not None]), return_counts=True
+        )
         largest = values[np.argsort(-counts)]
         largest = largest[largest < len(palette)][:_MAX_LEGEND]
         names = class_names(meta, len(palette))
@@ -119,9 +129,8 @@ class Inspection:
             list[tuple[str, float, float]]: Name, which says so if it is
             right, and both probabilities.
         """
-        best = set()
-        for scores in (self.dense, self.compressed):
-            best |= set(np.argsort(-scores)[:TOP].tolist())
+        both = np.stack([self.dense, self.compressed])
+        best = set(np.argsort(-both)[:, :TOP].ravel().tolist())
         names = class_names(meta, len(self.dense))
         right = set() if self.truth is None else set(self.truth.tolist())
         return [
@@ -158,12 +167,6 @@ def class_names(meta: dict, count: int) -> list[str]:
     # Synonyms ('tench, Tinca tinca') are too long for a picture.
     short = [str(name).split(',')[0] for name in names]
     return short + [f'class {i}' for i in range(len(short), count)]
-
-
-def _palette(meta: dict, least: int) -> list[Sequence[int]]:
-    palette = list(meta.get('palette') or ())
-    count = max(least, len(meta.get('classes') or ()))
-    return palette if len(palette) >= least else make_palette(count)
 
 
 def _datasets(cfg: Config, *loaders: str) -> Iterator[dict]:
@@ -278,11 +281,8 @@ def inspect(
         name=Path(path or 'image').stem,
         image=seen[crop],
         groups={
-            name: [
-                group[0].view(recorder.grid).numpy()
-                for group in recorder.groups
-            ]
-            for name, recorder in recorders.items()
+            name: [group[0].view(x.grid).numpy() for group in x.groups]
+            for name, x in recorders.items()
         },
         patch=to_2tuple(getattr(model.backbone, 'patch_size', 16))[0],
         original=original,
