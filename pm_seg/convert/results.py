@@ -62,9 +62,28 @@ class Converted:
         )
 
 
-def config_path(out: str | Path) -> Path:
-    """Where the config of a checkpoint is written: its name with .py."""
-    return Path(out).with_suffix('.py')
+def targets(out: str | Path, source: str | Path = '') -> list[Path]:
+    """Config and checkpoint that ``out`` stands for.
+
+    Raises:
+        ConversionError: If ``out`` does not end in .pth, or one of them is a
+            folder or the file to convert.
+    """
+    out = Path(out)
+    if out.suffix != '.pth':
+        raise ConversionError(
+            f'cannot write {out}: expected a name that ends in .pth'
+        )
+    for target in (out.with_suffix('.py'), out):
+        if target.is_dir():
+            raise ConversionError(
+                f'{target} is a folder; choose another name to write to'
+            )
+        if source and target.exists() and target.samefile(source):
+            raise ConversionError(
+                f'{target} is the input; choose another output'
+            )
+    return [out.with_suffix('.py'), out]
 
 
 def write_converted(
@@ -81,29 +100,19 @@ def write_converted(
         Path: The config.
 
     Raises:
-        ConversionError: If ``out`` does not end in .pth.
+        ConversionError: See :func:`targets`.
         OSError: If it cannot be written.
     """
-    out = Path(out)
-    if out.suffix != '.pth':
-        raise ConversionError(
-            f'cannot write {out.name}: expected a name that ends in .pth'
-        )
-    cfg = Config(converted.config)
-    text = f'# Converted by pm_seg from {origin}.\n{cfg.pretty_text}'
+    files = targets(out)
+    text = Config(converted.config).pretty_text
+    text = f'# Converted by pm_seg from {origin}.\n{text}'
     meta: dict[str, Any] = dict(
         cfg=text, converted_from=origin, pm_seg_version=__version__
     )
     if converted.dataset_meta:
         meta['dataset_meta'] = converted.dataset_meta
-    targets = (config_path(out), out)
-    for target in targets:
-        if target.is_dir():
-            raise ConversionError(
-                f'{target} is a folder; choose another name to write to'
-            )
-    with whole_files(*targets) as (config, checkpoint):
+    with whole_files(*files) as (config, checkpoint):
         config.write_text(text)
         content = dict(state_dict=converted.state_dict, meta=meta)
         torch.save(content, checkpoint)
-    return targets[0]
+    return files[0]

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..utils.checkpoints import check_archive, read_checkpoint, refusal
+from ..utils.checkpoints import UnreadableError, explained, read_whole
 
 #: Where training scripts keep the weights among other things, first wins.
 _NESTED = ('state_dict', 'model', 'model_state_dict', 'sd')
@@ -150,36 +149,35 @@ def _read(path: Path) -> Any:
         ConversionError: If it is damaged, holds code, or its library is
             missing.
     """
-    code, cause = False, None
+    readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
+    reader = readers.get(path.suffix.lower())
     try:
-        if path.suffix.lower() == '.npz':
-            return _read_npz(path)
-        if path.suffix.lower() == '.safetensors':
-            return _read_safetensors(path)
-        check_archive(path)
-        # Training scripts of this field save their arguments; a namespace is
-        # a bag of attributes and its unpickling sets nothing else.
-        return read_checkpoint(path, also=[argparse.Namespace])
-    except ConversionError:
-        raise
-    except UnpicklingError as error:
-        cause, (code, reason) = error, refusal(error)
-    except Exception as error:  # damaged bytes raise about anything
-        cause, reason = error, str(error).split('\n')[0]
-        if 'allow_pickle' in reason:
-            code, reason = True, 'pickled objects'
-    if not code:
-        raise ConversionError(
-            f'{path.name} cannot be read ({reason}); it is truncated, damaged '
-            f'or not a {path.suffix or "checkpoint"} file: download or copy '
-            'it again'
-        ) from cause
-    raise ConversionError(
-        f'{path.name} is not a file of weights alone ({reason}); files that '
-        'hold more than data are refused because loading them can run code. '
-        'If you trust it, save its weights alone: '
-        "torch.save(model.state_dict(), 'weights.pth')"
-    ) from cause
+        if reader is None:
+            # Training scripts of this field save their arguments; a namespace
+            # is a bag of attributes and its unpickling sets nothing else.
+            return read_whole(path, also=[argparse.Namespace])
+        with explained():
+            return reader(path)
+    except UnreadableError as error:
+        if isinstance(error.__cause__, ImportError):
+            message = (
+                f'{path.name} needs the safetensors package to be read: pip '
+                'install safetensors'
+            )
+        elif error.code:
+            message = (
+                f'{path.name} is not a file of weights alone ({error}); files '
+                'that hold more than data are refused because loading them '
+                'can run code. If you trust it, save its weights alone: '
+                "torch.save(model.state_dict(), 'weights.pth')"
+            )
+        else:
+            message = (
+                f'{path.name} cannot be read ({error}); it is truncated, '
+                f'damaged or not a {path.suffix or "checkpoint"} file: '
+                'download or copy it again'
+            )
+        raise ConversionError(message) from error
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -195,13 +193,8 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ConversionError(
-            f'{path.name} needs the safetensors package to be read: pip '
-            'install safetensors'
-        ) from None
+    from safetensors.torch import load_file
+
     return load_file(path)
 
 

@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -110,22 +111,7 @@ def trusted() -> bool:
     return os.environ.get(TRUST, '0').lower() in ('1', 'y', 'yes', 'true')
 
 
-def refusal(error: UnpicklingError) -> tuple[bool, str]:
-    """Torch's reason for refusing a file, in one line.
-
-    Returns:
-        tuple[bool, str]: Whether the file holds code (else it is damaged),
-        and the reason. Torch's advice to load unsafely is not passed on.
-    """
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith(_ADVICE)]
-    reason = lines[0] if lines else 'not a pickle of weights'
-    reason = reason.removeprefix('WeightsUnpickler error: ')
-    reason = reason.split(' Please use')[0].rstrip('. ')
-    return bool(_CODE.search(reason)), reason
-
-
-def check_archive(path: str | Path) -> None:
+def _check_archive(path: str | Path) -> None:
     """Compare the checksums of a zip file, which torch does not.
 
     Files of the format before torch 1.6 are no zip files and pass.
@@ -139,6 +125,54 @@ def check_archive(path: str | Path) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
+
+
+class UnreadableError(Exception):
+    """A file that does not load.
+
+    Args:
+        reason (str): In one line.
+        code (bool): Whether it holds code, else it is damaged.
+    """
+
+    def __init__(self, reason: str, code: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what a reader of files raises into :class:`UnreadableError`.
+
+    Torch's advice to load unsafely is not passed on.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        lines = [x for x in lines if x and not x.startswith(_ADVICE)]
+        reason = lines[0] if lines else 'not a pickle of weights'
+        reason = reason.removeprefix('WeightsUnpickler error: ')
+        reason = reason.split(' Please use')[0].rstrip('. ')
+        code = bool(_CODE.search(reason))
+        raise UnreadableError(reason, code) from error
+    except Exception as error:  # damaged bytes raise about anything
+        reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
+        raise UnreadableError(reason, 'allow_pickle' in reason) from error
+
+
+def read_whole(
+    path: Path, map_location: Any = 'cpu', also: Sequence[type] = ()
+) -> Any:
+    """:func:`read_checkpoint`, and a comparison of checksums before.
+
+    Raises:
+        UnreadableError: If the file is damaged or holds anything but data.
+    """
+    with explained():
+        _check_archive(path)
+        return read_checkpoint(path, map_location, also)
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict:
@@ -167,24 +201,29 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
         )
     try:
         if trusted():
-            content = torch.load(
-                path, map_location=map_location, weights_only=False
+            with explained():
+                content = torch.load(
+                    path, map_location=map_location, weights_only=False
+                )
+        else:
+            content = read_whole(path, map_location)
+    except UnreadableError as error:
+        if error.code:
+            message = (
+                f'checkpoint {path} holds more than weights ({error}). It was '
+                'not loaded, because loading it could run code. If you trust '
+                f'where it comes from, set the environment variable {TRUST}=1'
             )
         else:
-            check_archive(path)
-            content = read_checkpoint(path, map_location)
-    except UnpicklingError as error:
-        code, reason = refusal(error)
-        if not code:
-            raise _damaged(path, reason) from error
-        raise CheckpointError(
-            f'checkpoint {path} holds more than weights ({reason}). It was '
-            'not loaded, because loading it could run code. If you trust '
-            f'where it comes from, set the environment variable {TRUST}=1'
-        ) from error
-    except Exception as error:  # damaged bytes raise about anything
-        reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
-        raise _damaged(path, reason) from error
+            remedy = 'download or copy it again, or use an earlier one'
+            if path.suffix.lower() in ('.npz', '.safetensors'):
+                remedy = 'use tools/convert_checkpoint.py'
+            message = (
+                f'checkpoint {path} cannot be read ({error}; it has '
+                f'{path.stat().st_size} bytes): it is truncated, damaged or '
+                f'no .pth file; {remedy}'
+            )
+        raise CheckpointError(message) from error
     if not isinstance(content, Mapping) or not content:
         kind = f'a {type(content).__name__}'
         kind = 'nothing' if isinstance(content, Mapping) else kind
@@ -197,17 +236,6 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
     if isinstance(meta, dict):
         meta.pop('config', None)
     return content
-
-
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    remedy = 'download or copy it again, or use an earlier one'
-    if path.suffix.lower() in ('.npz', '.safetensors'):
-        remedy = 'use tools/convert_checkpoint.py'
-    return CheckpointError(
-        f'checkpoint {path} cannot be read ({reason}; it has '
-        f'{path.stat().st_size} bytes): it is truncated, damaged or no .pth '
-        f'file; {remedy}'
-    )
 
 
 def latest_intact_checkpoint(
@@ -241,7 +269,7 @@ def _fault(path: Path, finite: bool) -> str | None:
     """What keeps a run from going on from a checkpoint, if anything."""
     try:
         whole = zipfile.is_zipfile(path)
-        check_archive(path)
+        _check_archive(path)
     except (zipfile.BadZipFile, OSError):
         whole = False
     if not whole:

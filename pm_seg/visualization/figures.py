@@ -50,19 +50,19 @@ def panel_figure(
         Figure: To be passed to :func:`save_figure` or :func:`to_array`.
     """
     columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
     # Pixel by pixel: a figure that is scaled loses the outlines of tokens.
     wide = panels[0].image.shape[1]
     wide = min(max(wide, _NARROW), _WIDE)
     images = [_resized(panel.image, wide) for panel in panels]
-    tall = max(image.shape[0] for image in images)
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    tall = [_HEAD + max(map(len, row)) for row in rows]
     width = columns * (wide + _GAP) + _GAP
     per_line = lines = 0
     if legend:
         per_line = max(width // (10 * max(map(len, legend)) + 50), 1)
         lines = -(-len(legend) // per_line)
     foot = 26 * lines + 44 * score_bar + 6
-    height = rows * (tall + _HEAD) + foot
+    height = sum(tall) + foot
     figure = _figure(width / _DPI, height / _DPI)
 
     def axes_at(left: float, bottom: float, wide: int, tall: int) -> Axes:
@@ -74,8 +74,8 @@ def panel_figure(
     for number, (panel, image) in enumerate(zip(panels, images)):
         row, column = divmod(number, columns)
         left = _GAP + column * (wide + _GAP)
-        bottom = height - (row + 1) * (tall + _HEAD) + tall - image.shape[0]
-        axis = axes_at(left, bottom, wide, image.shape[0])
+        bottom = height - sum(tall[:row]) - _HEAD - len(image)
+        axis = axes_at(left, bottom, wide, len(image))
         axis.imshow(image, interpolation='nearest', aspect='auto')
         axis.set_title(panel.title, fontsize=_FONT, pad=4)
     if legend:
