@@ -19,11 +19,11 @@ from pm_seg.visualization.inspection import (
     dataset_meta,
     inspect,
     require_structure,
-    structure_figures,
 )
 from pm_seg.visualization.inspection import (
     test_pipeline as pipeline_of,
 )
+from pm_seg.visualization.layers import structure_figures
 
 
 def compressed(**options):

@@ -22,9 +22,9 @@ from ..visualization.inspection import (
     dataset_meta,
     inspect,
     require_structure,
-    structure_figures,
     test_pipeline,
 )
+from ..visualization.layers import structure_figures
 from .common import (
     add_common_arguments,
     command,

@@ -26,8 +26,7 @@ from ..engine.scoring import (
     require_compressible,
     uncompressed,
 )
-from .figures import depth_figure, panel_figure, ranking_figure
-from .layers import module_reports
+from .figures import panel_figure, ranking_figure
 from .panels import (
     CHANGED,
     JUDGED,
@@ -35,7 +34,6 @@ from .panels import (
     group_panels,
     make_palette,
     prediction_panels,
-    score_panels,
 )
 
 TOP = 5
@@ -320,36 +318,3 @@ def _pixels(inputs: Tensor, size: tuple[int, int]) -> np.ndarray:
         image = ((image - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
     below, right = (max(a - b, 0) for a, b in zip(size, image.shape))
     return np.pad(image, ((0, below), (0, right), (0, 0)))
-
-
-def module_scores(model: BaseModel) -> dict[str, np.ndarray]:
-    """Scores (layers, h, w) of the modules whose structure has any."""
-    return {
-        name or type(module).__name__: module.compressor.scores.cpu()
-        .view(-1, *module.compressor.shape.grid)
-        .numpy()
-        for name, module in compressible_modules(model).items()
-        if module.compressor.needs_scores and module.compressor.has_scores
-    }
-
-
-def tokens_figure(model: BaseModel) -> Figure:
-    """Patch tokens each layer works on, of a model with a structure."""
-    kept = {
-        name: [100 * x.kept / report.num_tokens for x in report.layers]
-        for name, report in module_reports(model).items()
-    }
-    return depth_figure(kept, 'patch tokens kept, %', 100)
-
-
-def structure_figures(model: BaseModel) -> dict[str, Figure]:
-    """What does not depend on the image: 'tokens', and 'scores' if any.
-
-    Args:
-        model (BaseModel): With a structure, not wrapped.
-    """
-    figures = {'tokens': tokens_figure(model)}
-    panels = score_panels(module_scores(model))
-    if panels:
-        figures['scores'] = panel_figure(panels, score_bar=True)
-    return figures

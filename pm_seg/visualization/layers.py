@@ -1,15 +1,19 @@
-"""What a compression leaves and costs, as data and as text."""
+"""What a compression leaves and costs, as data, text and figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from textwrap import wrap
 
+import numpy as np
+from matplotlib.figure import Figure
 from torch import nn
 
 from ..core import LayerLoad
 from ..core.merging import Grid
 from ..engine.scoring import compressible_modules
+from .figures import depth_figure, panel_figure
+from .panels import score_panels
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,36 @@ def _table(report: ModuleReport) -> list[str]:
     blank = ' ' * (15 + 11 * between + 8 * pruned)
     macs = f'{report.macs / 1e9:6.3f}  {report.share:8.1%}'
     return [*lines, f'    all  {blank}{macs}']
+
+
+def module_scores(model: nn.Module) -> dict[str, np.ndarray]:
+    """Scores (layers, h, w) of the modules whose structure has any."""
+    return {
+        name or type(module).__name__: module.compressor.scores.cpu()
+        .view(-1, *module.compressor.shape.grid)
+        .numpy()
+        for name, module in compressible_modules(model).items()
+        if module.compressor.needs_scores and module.compressor.has_scores
+    }
+
+
+def tokens_figure(model: nn.Module) -> Figure:
+    """Patch tokens each layer works on, of a model with a structure."""
+    kept = {
+        name: [100 * x.kept / report.num_tokens for x in report.layers]
+        for name, report in module_reports(model).items()
+    }
+    return depth_figure(kept, 'patch tokens kept, %', 100)
+
+
+def structure_figures(model: nn.Module) -> dict[str, Figure]:
+    """What does not depend on the image: 'tokens', and 'scores' if any.
+
+    Args:
+        model (BaseModel): With a structure, not wrapped.
+    """
+    figures = {'tokens': tokens_figure(model)}
+    panels = score_panels(module_scores(model))
+    if panels:
+        figures['scores'] = panel_figure(panels, score_bar=True)
+    return figures

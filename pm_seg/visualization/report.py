@@ -25,8 +25,8 @@ from ..utils import median
 from ..utils.files import whole_files
 from ..version import __version__
 from .figures import to_svg
-from .inspection import Inspection, module_scores, tokens_figure
-from .layers import module_reports
+from .inspection import Inspection
+from .layers import module_reports, module_scores, tokens_figure
 from .panels import BLUE, SCORE_COLOURS, score_panels
 
 
