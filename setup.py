@@ -51,6 +51,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['pm_seg', 'pm_seg.*']),
+    package_data={'pm_seg.visualization': ['*.jinja']},
     install_requires=requirements('runtime'),
     extras_require={
         'mm': requirements('mminstall'),

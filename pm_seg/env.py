@@ -9,29 +9,22 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
-from importlib import metadata
 from io import StringIO
 from pathlib import Path
 
-from pm_seg.stacks import DISTRIBUTIONS, installed_stacks
+from pm_seg.stacks import DISTRIBUTIONS, Stacks, installed_stacks, version
 from pm_seg.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 
 PACKAGES = ('torchvision', 'numpy', 'opencv-python', 'timm')
-ONNX = ('onnx', 'onnxruntime', 'onnxscript')
-
-
-def version(distribution: str) -> str | None:
-    """Version of an installed distribution, or None."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+ONNX = ('onnx', 'onnxruntime', 'onnxscript', 'onnxruntime-gpu')
 
 
 def imports(name: str) -> str:
@@ -91,13 +84,14 @@ def commit(root: Path = ROOT) -> str:
     return f'commit {name}{" + changes" if changed else ""}'
 
 
-def _processor() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(':')[1] for line in lines if 'model name' in line)
-    return next(names, platform.machine()).strip()
+def processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    info = Path('/proc/cpuinfo')
+    if info.is_file():
+        found = re.search(r'^model name\s*: (.+)$', info.read_text(), re.M)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def _cores() -> int:
@@ -107,65 +101,61 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _torch() -> list[tuple[str, str]]:
+def _torch() -> Iterator[tuple[str, str]]:
     try:
         import torch
     except Exception as error:
-        return [('torch', f'does not import: {error}')]
-    rows = [('torch', torch.__version__)]
+        yield 'torch', f'does not import: {error}'
+        return
+    yield 'torch', torch.__version__
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device == 'cuda':
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
-            rows.append(
-                (
-                    f'GPU {index}',
-                    f'{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, '
-                    f'compute capability {gpu.major}.{gpu.minor}',
-                )
-            )
-    else:
-        rows.append(('GPU', 'none that torch can use'))
-    cuda = torch.version.cuda or 'none'
-    rows.append(('CUDA of torch', cuda))
+    if device == 'cpu':
+        yield 'GPU', 'none that torch can use'
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield (
+            f'GPU {index}',
+            f'{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, '
+            f'compute capability {gpu.major}.{gpu.minor}',
+        )
+    yield 'CUDA of torch', torch.version.cuda or 'none'
     works = ', '.join(attention_backends(device)) or 'none'
-    rows.append(('fused attention', f'{works} (on {device})'))
-    rows.append(('threads', str(torch.get_num_threads())))
-    return rows
+    yield 'fused attention', f'{works} (on {device})'
+    yield 'threads', str(torch.get_num_threads())
+
+
+def _stack(stacks: Stacks) -> Iterator[tuple[str, str]]:
+    yield 'OpenMMLab stack', stacks.kind
+    for name in DISTRIBUTIONS:
+        found = [f'{number} ({d})' for d, number in stacks.of(name).items()]
+        problem = imports(name) if found else 'not installed'
+        text = '; '.join(filter(None, [', '.join(found), problem]))
+        yield f'  {name}', text
+    if importlib.util.find_spec('mmseg') is not None:
+        problem = imports('pm_seg.models')
+        yield '  with pm_seg', problem or 'its classes register'
 
 
 def report() -> str:
     """The report, a line for each item."""
+    stacks = installed_stacks()
     ours = [__version__, commit(), f'in {ROOT}']
+    onnx = [f'{name} {version(name)}' for name in ONNX if version(name)]
     rows = [
         ('pm_seg', ', '.join(text for text in ours if text)),
         ('python', f'{platform.python_version()}, {sys.executable}'),
         ('system', platform.platform()),
-        ('CPU', f'{_processor()}, {_cores()} cores to use'),
+        ('CPU', f'{processor()}, {_cores()} cores to use'),
         *_torch(),
+        *((name, version(name) or 'not installed') for name in PACKAGES),
+        *_stack(stacks),
+        ('ONNX', ', '.join(onnx) or 'not installed'),
     ]
-    rows += [(name, version(name) or 'not installed') for name in PACKAGES]
-    stacks = installed_stacks()
-    rows.append(('OpenMMLab stack', stacks.kind))
-    for name in DISTRIBUTIONS:
-        both = {**stacks.forks[name], **stacks.originals[name]}
-        text = ', '.join(f'{number} ({d})' for d, number in both.items())
-        if both:
-            problem = imports(name)
-            text += f'; {problem}' if problem else ''
-        rows.append((f'  {name}', text or 'not installed'))
-    if importlib.util.find_spec('mmseg') is not None:
-        problem = imports('pm_seg.models')
-        rows.append(('  with pm_seg', problem or 'its classes register'))
-    found = [f'{name} {version(name)}' for name in ONNX if version(name)]
-    gpu = version('onnxruntime-gpu')
-    found += [f'onnxruntime-gpu {gpu}'] if gpu else []
-    rows.append(('ONNX', ', '.join(found) or 'not installed'))
     width = max(len(name) for name, _ in rows)
     lines = [f'{name:<{width}}  {text}' for name, text in rows]
     if stacks.problem():
         lines += ['', f'MIXED STACK: {stacks.problem()}']
-    elif not any(stacks.forks.values()) and not any(stacks.originals.values()):
+    elif not stacks.versions:
         lines += [
             '',
             'Note: only pm_seg.core works. For the rest: pip install -r '

@@ -28,13 +28,20 @@ class Stacks:
     forks: Mapping[str, Mapping[str, str]]
     originals: Mapping[str, Mapping[str, str]]
 
+    def of(self, name: str) -> dict[str, str]:
+        """Versions of the distributions that install an import name."""
+        return {**self.forks[name], **self.originals[name]}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Version of every distribution that is installed."""
+        groups = (*self.forks.values(), *self.originals.values())
+        return {name: v for found in groups for name, v in found.items()}
+
     @property
     def conflicts(self) -> dict[str, list[str]]:
         """Import names with several distributions, and these."""
-        both = {
-            name: [*self.forks[name], *self.originals[name]]
-            for name in DISTRIBUTIONS
-        }
+        both = {name: list(self.of(name)) for name in DISTRIBUTIONS}
         return {name: found for name, found in both.items() if len(found) > 1}
 
     @property
@@ -45,62 +52,51 @@ class Stacks:
     @property
     def kind(self) -> str:
         """Which stack this is, in a few words."""
-        present = [
-            name
-            for name in DISTRIBUTIONS
-            if self.forks[name] or self.originals[name]
-        ]
-        if not present:
+        if not self.versions:
             return 'not installed'
         if self.problem():
-            return f'MIXED: {", ".join(self._versions)}'
-        forks = any(self.forks.values())
-        kind = (
-            'onedl-* (the maintained forks)' if forks else 'original OpenMMLab'
-        )
-        whole = len(present) == len(DISTRIBUTIONS)
+            return f'MIXED: {", ".join(self.versions)}'
+        kind = 'original OpenMMLab'
+        if any(self.forks.values()):
+            kind = 'onedl-* (the maintained forks)'
+        whole = all(map(self.of, DISTRIBUTIONS))
         return kind if whole else f'{kind}, not all packages'
-
-    @property
-    def _versions(self) -> dict[str, str]:
-        """Version of every distribution that is installed."""
-        groups = (*self.forks.values(), *self.originals.values())
-        return {name: v for found in groups for name, v in found.items()}
 
     def problem(self) -> str | None:
         """What is wrong and how to mend it, None if nothing is."""
         if not self.mixed and not self.conflicts:
             return None
-        installed = [f'{name}=={v}' for name, v in self._versions.items()]
         what = (
-            f'{" and ".join(next(iter(self.conflicts.values())))} own the '
-            f'same files, those of {next(iter(self.conflicts))}'
-            if self.conflicts
-            else 'the onedl-* forks and the original OpenMMLab packages are '
-            'mixed'
+            'the onedl-* forks and the original OpenMMLab packages are mixed'
         )
-        names = ' '.join(sorted(self._versions))
+        if self.conflicts:
+            name, owners = next(iter(self.conflicts.items()))
+            what = f'{" and ".join(owners)} own the same files, those of'
+            what += f' {name}'
+        found = ', '.join(f'{name}=={v}' for name, v in self.versions.items())
         return (
-            f'{what}; expected one stack alone, found '
-            f'{", ".join(installed)}. Remove all of them and install one: '
-            f'pip uninstall -y {names} && pip install -r '
+            f'{what}; expected one stack alone, found {found}. Remove all of '
+            'them and install one: pip uninstall -y '
+            f'{" ".join(sorted(self.versions))} && pip install -r '
             'requirements/mminstall.txt'
         )
+
+
+def version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def installed_stacks() -> Stacks:
     """Look for the distributions of both stacks, by their metadata."""
 
-    def find(names: tuple[str, ...]) -> dict[str, str]:
-        found = {}
-        for name in names:
-            try:
-                found[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-        return found
+    def find(stack: int) -> dict[str, dict[str, str]]:
+        return {
+            name: {d: found for d in both[stack] if (found := version(d))}
+            for name, both in DISTRIBUTIONS.items()
+        }
 
-    return Stacks(
-        {name: find(forks) for name, (forks, _) in DISTRIBUTIONS.items()},
-        {name: find(own) for name, (_, own) in DISTRIBUTIONS.items()},
-    )
+    return Stacks(find(0), find(1))

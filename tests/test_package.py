@@ -71,6 +71,8 @@ def test_installed_copy_brings_its_configs(tmp_path: Path) -> None:
     script = (
         f'import sys; sys.path.insert(0, {str(site)!r}); import pm_seg; '
         'from pm_seg.cli.common import resolve_config; '
+        'from pm_seg.visualization import report; '
+        "report._PAGES.get_template('report.html.jinja'); "
         "print(resolve_config('configs/segmenter_vit-s_pm_ade20k.py'))"
     )
     out = run_tool('-c', script, cwd=tmp_path)

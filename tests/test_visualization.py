@@ -9,7 +9,9 @@ import cv2
 import numpy as np
 import pytest
 from matplotlib.text import Text
+from tiny import batch, build
 
+from pm_seg.engine import Measuring, compress
 from pm_seg.visualization import (
     JUDGED,
     Panel,
@@ -17,19 +19,19 @@ from pm_seg.visualization import (
     draw_difference,
     draw_groups,
     group_panels,
-    html,
     make_palette,
     paint_labels,
     panel_figure,
     prediction_panels,
     ranking_figure,
     save_figure,
-    save_panels,
     score_panels,
     to_array,
     to_svg,
 )
+from pm_seg.visualization.inspection import Inspection
 from pm_seg.visualization.panels import VERMILION, rgb
+from pm_seg.visualization.report import CompressionReport, png_uri
 
 
 def test_groups_are_flat_outlined_and_pruned_ones_dark() -> None:
@@ -69,13 +71,10 @@ def test_scores_are_scaled_layer_by_layer() -> None:
     assert brightness[0, 0] < brightness[0, -1] < brightness[-1, 0]
 
 
-def test_labels_and_panels(tmp_path) -> None:
+def test_labels_are_painted() -> None:
     labels = np.array([[0, 1], [255, 1]])
     out = paint_labels(labels, [[1, 2, 3], [4, 5, 6]])
     assert out[0, 0].tolist() == [1, 2, 3] and out[1, 0].tolist() == [0, 0, 0]
-    path = tmp_path / 'panels.png'
-    save_panels(path, [[out, out], [out, out]], ['left', 'right'])
-    assert cv2.imread(str(path)).shape[1] > 200
 
 
 def test_differences_are_judged_by_the_annotation() -> None:
@@ -191,26 +190,35 @@ def check_page(text: str) -> Checker:
 
 
 def test_a_page_stands_alone_and_escapes_names() -> None:
-    image = np.zeros((4, 4, 3), np.uint8)
-    page = html.page(
+    model = build(type='paper').eval()
+    compress(model, [batch(0, 2)], measuring=Measuring(1, 0))
+    picture = np.zeros((64, 64, 3), np.uint8)
+    labels = np.zeros((64, 64), int)
+    groups = {'backbone': [np.arange(16).reshape(4, 4) % 3]}
+    one = Inspection('<x>', picture, groups, 16, picture, labels, labels)
+    ranked = Inspection('y', picture, {}, 16, picture, *2 * [np.ones(3) / 3])
+    numbers = dict(dense=2, compressed=1)
+    times = dict(dense=[2.0, 4.0], compressed=[1.0, 2.0])
+    meta = dict(classes=['"sky" & <sea>', 'b', 'c'], palette=[[0, 0, 255]] * 3)
+    page = CompressionReport(
+        model,
         'a < b',
-        [
-            html.cards({'speed & more': ('2x', '<fast>')}),
-            html.facts({'file': 'a<b>.pth'}),
-            html.table(('x', 'y'), [('1', html.share_bar(0.25))], total=True),
-            html.panels([Panel('"quoted" <panel>', image)], large=True),
-            html.chart(depth_figure({'a': [1, 2]}, 'y'), 'chart'),
-            html.legend({'sky': (0.5, 0.5, 1.0), 'road': '#D55E00'}, 'Key:'),
-            html.colour_scale([(0, 0, 0), (1, 1, 1)], 'low', 'high'),
-        ],
-    )
+        {'file': 'a<b>.pth'},
+        numbers,
+        {'<fast>': times},
+        {name: {'m & m': value} for name, value in numbers.items()},
+        [one, ranked],
+        meta,
+    ).to_html()
     checker = check_page(page)
-    assert len(checker.sources) == 2
-    for raw in ('<fast>', 'a<b>', '<panel>', 'a < b'):
-        assert raw not in page
-    assert 'width:25.0%' in page and '#d55e00' in page
+    # Chart, groups, prediction in three, image, and scores of three layers.
+    assert len(checker.sources) == 1 + 1 + 4 + 1 + 3
+    for raw in ('<fast>', 'a<b>', '<x>', '<sea>', 'a < b', ' & '):
+        assert raw not in page, raw
+    assert 'width:33.3%' in page and '#0000ff' in page and '#d55e00' in page
+    assert '2.00x' in page and '+-' in page and '-1.00' in page
 
 
 def test_unwritable_pictures_are_an_error() -> None:
-    with pytest.raises((ValueError, cv2.error)):
-        html.picture(np.zeros((0, 4, 3), np.uint8), 'empty')
+    with pytest.raises(cv2.error):
+        png_uri(np.zeros((0, 4, 3), np.uint8))

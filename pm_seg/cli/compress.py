@@ -26,9 +26,6 @@ from ..engine.compression import (
     needs_data,
 )
 from ..engine.evaluation import compare_macs, compare_speed, evaluate
-from ..engine.html_report import CompressionReport, machine
-from ..engine.inspection import dataset_meta, inspect, test_pipeline
-from ..engine.report import describe
 from ..engine.scoring import (
     require_compressible,
     uncompressed,
@@ -37,6 +34,9 @@ from ..engine.targets import TARGETS, check_target
 from ..utils import median, shown_progress
 from ..utils.files import whole_files
 from ..version import __version__
+from ..visualization.inspection import dataset_meta, inspect, test_pipeline
+from ..visualization.layers import describe
+from ..visualization.report import CompressionReport, machine
 from .common import (
     add_common_arguments,
     check_data,

@@ -12,8 +12,8 @@ from ..convert import (
     read_source,
     write_converted,
 )
-from ..convert.keys import pair
-from ..convert.results import NORMALIZATIONS, config_path
+from ..convert.hints import pair
+from ..convert.results import NORMALIZATIONS, targets
 from ..utils.quiet import quiet_warnings
 from .common import check_environment, check_output
 from .parser import command, make_parser
@@ -76,17 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     check_environment()
     check_output(args.output)
     try:
-        if Path(args.output).suffix != '.pth':
-            raise ConversionError(
-                f'cannot write {args.output}: expected a name that ends in '
-                '.pth'
-            )
         source = read_source(args.input)
-        for target in (Path(args.output), config_path(args.output)):
-            if target.exists() and target.samefile(args.input):
-                raise ConversionError(
-                    f'{target} is the input; choose another output'
-                )
+        targets(args.output, args.input)
         hints = Hints.of(
             source,
             num_heads=args.num_heads,

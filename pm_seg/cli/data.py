@@ -68,16 +68,13 @@ def _data_paths(dataset: ConfigDict) -> list[Path]:
     root = Path(dataset.data_root or '.')
     prefix = dataset.get('data_prefix') or ''
     if isinstance(prefix, dict):
-        paths = [root / folder for folder in prefix.values()]
-        if dataset.get('ann_file'):
-            paths.append(root / dataset.ann_file)
-        return paths
-    if dataset.get('type') not in ('ImageNet', 'CustomDataset'):
+        paths = list(prefix.values())
+    elif dataset.get('type') in ('ImageNet', 'CustomDataset'):
+        paths = [prefix or dataset.get('split') or '']
+    else:
         return []  # may download itself
-    paths = [root / (prefix or dataset.get('split') or '')]
-    if dataset.get('ann_file'):
-        paths.append(root / dataset.ann_file)
-    return paths
+    paths += [dataset.ann_file] if dataset.get('ann_file') else []
+    return [root / path for path in paths]
 
 
 def check_data(cfg: Config, *loaders: str) -> None:

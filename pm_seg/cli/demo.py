@@ -6,20 +6,19 @@ import argparse
 import json
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
-from mmseg.apis import inference_model, init_model
+from mmseg.apis import init_model
 from mmseg.models import EncoderDecoder
+from mmseg.registry import DATASETS
 from rich.console import Console
 from rich.table import Table
 
-from ..core import GroupRecorder
-from ..datasets.scenes import CLASS_IDS
 from ..utils import count_macs, median, time_interleaved
-from ..visualization import draw_groups, paint_labels, save_panels
+from ..visualization import panel_figure, save_figure
+from ..visualization.inspection import inspect
 from . import compress, make_scenes, test, train
 from .common import command, make_parser, quiet_warnings, resolve_config
 
@@ -76,63 +75,38 @@ def _measure(
     """GMACs and CPU time of one image in each model, timed in turns."""
     images = torch.randn(1, 3, *size)
 
-    def call(model: EncoderDecoder):
-        return lambda: model(images)
-
+    calls = {name: partial(model, images) for name, model in models.items()}
     with torch.no_grad():
-        seconds = time_interleaved({n: call(m) for n, m in models.items()})
+        seconds = time_interleaved(calls)
     return {
         name: {
-            'gmacs': count_macs(call(model)) / 1e9,
+            'gmacs': count_macs(call) / 1e9,
             'ms': median(seconds[name]) * 1e3,
         }
-        for name, model in models.items()
+        for name, call in calls.items()
     }
 
 
 def _draw(
     path: Path, root: Path, dense: EncoderDecoder, small: EncoderDecoder
 ) -> None:
-    """Image, groups, both predictions and the annotation of four scenes."""
-    palette = dense.dataset_meta['palette']
-    label_map = np.full(256, 255, np.uint8)
-    classes = dense.dataset_meta['classes']
-    for new, name in enumerate(classes):
-        label_map[CLASS_IDS[name]] = new
-    compressor = small.backbone.compressor
-    layer = compressor.shape.depth - 1
-    rows = []
-    for file in sorted((root / 'images' / 'validation').iterdir())[:4]:
-        image = cv2.imread(str(file))
-        truth = cv2.imread(
-            str(root / 'annotations' / 'validation' / f'{file.stem}.png'), 0
-        )
-        with GroupRecorder(compressor) as recorder:
-            predictions = [
-                inference_model(model, image).pred_sem_seg.data[0].numpy()
-                for model in (dense, small)
-            ]
-        rgb = image[..., ::-1]
-        height, width = recorder.grid
-        group = recorder.groups[layer][0].view(height, width).numpy()
-        even = cv2.resize(rgb, (16 * width, 16 * height))
-        groups = cv2.resize(draw_groups(even, group), rgb.shape[1::-1])
-        labels = [*predictions, label_map[truth]]
-        rows.append([rgb, groups, *(paint_labels(m, palette) for m in labels)])
-    titles = [
-        'image',
-        f'token groups, layer {layer}',
-        'dense',
-        'compressed',
-        'annotation',
-    ]
-    save_panels(path, rows, titles)
+    """Groups of the last layer and predictions of four annotated scenes."""
+    cfg = small.cfg.val_dataloader.dataset
+    dataset = DATASETS.build({**cfg, 'data_root': str(root)})
+    panels = []
+    for index in range(4):
+        one = inspect(small, dataset[index], dense)
+        panels += [
+            *one.prediction_panels(dense.dataset_meta),
+            one.group_panels()[-1],
+        ]
+    save_figure(panel_figure(panels, len(panels) // 4), path)
 
 
 def _table(results: dict[str, dict[str, float]]) -> Table:
     table = Table(title='Dense against compressed (CPU, fp32, one image)')
     for column in ('model', 'mIoU', 'GMACs', 'ms/image', 'images/s', 'speed'):
-        table.add_column(column, justify='left' if column == 'model' else None)
+        table.add_column(column)
     base = results['dense']['ms']
     for name, row in results.items():
         table.add_row(

@@ -19,27 +19,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('root', help='folder to write to')
     group = parser.add_argument_group('what to draw')
-    group.add_argument(
-        '--num-train',
-        type=int,
-        default=400,
-        metavar='N',
-        help='training scenes (default 400)',
-    )
-    group.add_argument(
-        '--num-val',
-        type=int,
-        default=60,
-        metavar='N',
-        help='validation scenes (default 60)',
-    )
-    group.add_argument(
-        '--seed',
-        type=int,
-        default=0,
-        metavar='N',
-        help='other seeds draw other scenes (default 0)',
-    )
+    for name, default, what in (
+        ('--num-train', 400, 'training scenes'),
+        ('--num-val', 60, 'validation scenes'),
+        ('--seed', 0, 'other seeds draw other scenes'),
+    ):
+        group.add_argument(
+            name,
+            type=int,
+            default=default,
+            metavar='N',
+            help=f'{what} (default {default})',
+        )
     return parser.parse_args(argv)
 
 

@@ -52,34 +52,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default='data/ade',
         help=f'folder to put {FOLDER} into (default data/ade)',
     )
-    source = parser.add_argument_group('where it comes from')
-    source.add_argument('--url', default=URL, help=f'default {URL}')
-    source.add_argument(
+    group = parser.add_argument_group('where it comes from')
+    group.add_argument('--url', default=URL, help=f'default {URL}')
+    group.add_argument(
         '--zip', metavar='FILE', help='a zip you have, instead of downloading'
     )
-    source.add_argument(
+    group.add_argument(
         '--checksum',
         metavar='HEX',
         help='MD5, SHA-1 or SHA-256 of the zip; "none" compares nothing. '
         'Defaults to the known one; with --url, to none',
     )
-    what = parser.add_argument_group('what to do')
-    what.add_argument(
+    group = parser.add_argument_group('what to do')
+    group.add_argument(
         '--check',
         metavar='DIR',
         help='check a folder and do nothing else; exit code 1 if it is not '
         'whole',
     )
-    what.add_argument(
-        '--overwrite',
-        action='store_true',
-        help=f'replace a {FOLDER} that is not whole',
-    )
-    what.add_argument(
-        '--delete-zip',
-        action='store_true',
-        help='delete the zip when all is done',
-    )
+    for flag, what in (
+        ('--overwrite', f'replace a {FOLDER} that is not whole'),
+        ('--delete-zip', 'delete the zip when all is done'),
+    ):
+        group.add_argument(flag, action='store_true', help=what)
     return parser.parse_args(argv)
 
 
@@ -97,41 +92,34 @@ def check_layout(root: Path, counts: dict[str, int] | None = None) -> str:
         return f'{root} is one folder too high: use {root / FOLDER}'
     problems: list[str] = []
     for part, expected in (counts or COUNTS).items():
-        names: dict[str, set[str]] = {}
+        names: list[set[str]] = []
         for kind, suffix in (('images', '.jpg'), ('annotations', '.png')):
-            folder = root / kind / part
+            folder, where = root / kind / part, f'{kind}/{part}'
             if not folder.is_dir():
-                problems.append(f'{kind}/{part}: there is no such folder')
+                problems.append(f'{where}: there is no such folder')
                 continue
             with os.scandir(folder) as entries:
-                sizes = {
-                    entry.name: entry.stat().st_size
-                    for entry in entries
-                    if entry.name.endswith(suffix)
-                }
-            names[kind] = {name.removesuffix(suffix) for name in sizes}
-            empty = [name for name, size in sizes.items() if not size]
-            if len(sizes) != expected:
+                found = [e for e in entries if e.name.endswith(suffix)]
+            if len(found) != expected:
                 problems.append(
-                    f'{kind}/{part}: {len(sizes)} *{suffix} files, expected '
+                    f'{where}: {len(found)} *{suffix} files, expected '
                     f'{expected}'
                 )
-            if empty:
-                problems.append(
-                    f'{kind}/{part}: {_some(empty)} have no content'
-                )
+            if empty := {e.name for e in found if not e.stat().st_size}:
+                problems.append(f'{where}: {_some(empty)} have no content')
+            names.append({e.name.removesuffix(suffix) for e in found})
         if len(names) == 2:
-            images, annotations = names.values()
+            images, annotations = names
             if alone := images - annotations:
                 problems.append(f'{part}: no annotation for {_some(alone)}')
             if alone := annotations - images:
                 problems.append(f'{part}: no picture for {_some(alone)}')
-    if problems:
-        return f'{root} is not whole:\n  ' + '\n  '.join(problems)
-    return ''
+    if not problems:
+        return ''
+    return '\n  '.join([f'{root} is not whole:', *problems])
 
 
-def _some(names: set[str] | list[str]) -> str:
+def _some(names: set[str]) -> str:
     shown = ', '.join(sorted(names)[:3])
     more = len(names) - 3
     return f'{shown} and {more} more' if more > 0 else shown
@@ -154,26 +142,26 @@ def require_space(folder: Path, needed: float, what: str) -> None:
 
 def fetch(url: str, target: Path, checksum: str | None) -> None:
     """Download the zip with a progress bar."""
+    reporter = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal reporter
+        if reporter is None:
+            if done:
+                print(f'Going on after {done / 1e6:.0f} MB', flush=True)
+            reporter = stack.enter_context(
+                ProgressReporter('Downloading', total, start=done, size=True)
+            )
+        reporter(done)
+
+    def before(rest: int) -> None:
+        whole = rest + partial.stat().st_size if partial.exists() else rest
+        needed = rest + UNPACKED * whole
+        require_space(target.parent, needed, 'The zip, and unpacking it,')
+
+    partial, _ = partial_files(target)
     with ExitStack() as stack:
-        reports: list[ProgressReporter] = []
-
-        def progress(done: int, total: int) -> None:
-            if not reports:
-                if done:
-                    print(f'Going on after {done / 1e6:.0f} MB', flush=True)
-                reporter = ProgressReporter(
-                    'Downloading', total, start=done, size=True
-                )
-                reports.append(stack.enter_context(reporter))
-            reports[0](done)
-
-        def before(rest: int) -> None:
-            whole = rest + partial.stat().st_size if partial.exists() else rest
-            needed = rest + UNPACKED * whole
-            require_space(target.parent, needed, 'The zip, and unpacking it,')
-
-        partial, _ = partial_files(target)
-        download(url, target, None, checksum, progress, before)
+        download(url, target, checksum, progress, before)
 
 
 def unpack(

@@ -14,17 +14,17 @@ from mmengine.runner import load_checkpoint
 from rich.console import Console
 from rich.table import Table
 
-from ..engine.inspection import (
+from ..models.distillation import strip_compression
+from ..utils import ProgressReporter
+from ..visualization import save_figure
+from ..visualization.inspection import (
     Inspection,
     dataset_meta,
     inspect,
     require_structure,
-    structure_figures,
     test_pipeline,
 )
-from ..models.distillation import strip_compression
-from ..utils import ProgressReporter
-from ..visualization import save_figure
+from ..visualization.layers import structure_figures
 from .common import (
     add_common_arguments,
     command,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .keys import Hints
+from .hints import Hints
 from .prune_merge import convert_pm_segmenter, convert_pm_vit
 from .results import Converted, write_converted
 from .segmenter import convert_segmenter

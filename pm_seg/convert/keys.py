@@ -1,4 +1,4 @@
-"""The parameter names of timm's Vision Transformer, and renaming them.
+"""Vision Transformers with timm's parameter names: their sizes, renaming.
 
 timm, DeiT, MAE, the Segmenter repository and the release of Prune-and-Merge
 share them (``patch_embed.proj``, ``blocks.0.attn.qkv``, ...).
@@ -7,14 +7,18 @@ share them (``patch_embed.proj``, ``blocks.0.attn.qkv``, ...).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib import import_module
+from math import isqrt
+from typing import Any
 
-import torch
+from mmengine.registry import DefaultScope
 from torch import Tensor
 
-from .sources import ConversionError, Source
+from .hints import Hints
+from .sources import ConversionError
 
 _BLOCK = re.compile(r'blocks\.(\d+)\.')
 _HEAD_DIMS = 64
@@ -29,114 +33,31 @@ ARCHS = {
     (1280, 32, 5120): ('huge', 16),
 }
 
-_MMPRETRAIN_BLOCK = {
-    'norm1': 'ln1',
-    'attn.qkv': 'attn.qkv',
-    'attn.proj': 'attn.proj',
-    'norm2': 'ln2',
-    'mlp.fc1': 'ffn.layers.0.0',
-    'mlp.fc2': 'ffn.layers.1',
-}
-_MMSEG_BLOCK = {
-    **_MMPRETRAIN_BLOCK,
-    'attn.qkv': 'attn.attn.in_proj',
-    'attn.proj': 'attn.attn.out_proj',
-}
+#: Parts of our names and of timm's, replaced one after the other.
+_NAMES = (
+    ('.ln', '.norm'),
+    ('.ffn.layers.0.0', '.mlp.fc1'),
+    ('.ffn.layers.1', '.mlp.fc2'),
+    ('layers.', 'blocks.'),
+    ('.attn.attn.in_proj_', '.attn.qkv.'),
+    ('.attn.attn.out_proj', '.attn.proj'),
+    ('.attn.gamma1.weight', '.ls1.gamma'),
+    ('.ffn.gamma2.weight', '.ls2.gamma'),
+    ('.projection', '.proj'),
+)
 
 
-class Renaming(NamedTuple):
-    """An entry that a checkpoint must have.
-
-    Attributes:
-        old (str): Its name there.
-        new (str): Its name here.
-        shape (tuple[int, ...]): Its shape.
-    """
-
-    old: str
-    new: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What weights do not say about a model.
-
-    Attributes:
-        num_heads (int, optional): Of the encoder.
-        img_size (tuple[int, int], optional): Height and width the position
-            embedding is for.
-        normalization (str, optional): 'vit' or 'imagenet'.
-        name (str): Of the file; 'deit' or 'mae' in it tell the
-            normalization.
-        facts, variant, pretrained_cfg: See :class:`~.sources.Source`.
-    """
-
-    num_heads: int | None = None
-    img_size: tuple[int, int] | None = None
-    normalization: str | None = None
-    name: str = ''
-    facts: dict[str, Any] = field(default_factory=dict)
-    variant: dict[str, Any] = field(default_factory=dict)
-    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, source: Source, **given: Any) -> Hints:
-        """Hints of a file; what is given (not None) takes precedence."""
-        heads = number(source.facts, 'num_heads')
-        img_size = source.facts.get('img_size')
-        found = dict(
-            num_heads=None if heads is None else int(heads),
-            img_size=None if img_size is None else pair(img_size),
-        )
-        found.update((k, v) for k, v in given.items() if v is not None)
-        return cls(
-            facts=source.facts,
-            variant=source.variant,
-            pretrained_cfg=source.pretrained_cfg,
-            **found,
-        )
-
-
-def number(
-    section: Mapping[str, Any], name: str, default: float | None = None
-) -> float | None:
-    """A number of a description, ``default`` where there is none.
-
-    Raises:
-        ConversionError: If it is something else.
-    """
-    value = section.get(name)
-    if value is None:
-        return default
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ConversionError(
-            f'{name}={value!r} in the input is not a number; correct it or '
-            'remove it'
-        ) from None
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """(height, width) of a number, a sequence or a tensor.
-
-    Raises:
-        ConversionError: If it is neither one number > 0 nor two.
-    """
-    try:
-        numbers = [int(n) for n in torch.as_tensor(value).flatten()]
-    except (TypeError, ValueError, RuntimeError):
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise ConversionError(
-            f'got size {value}; expected one number > 0, or height and width'
-        )
-    return numbers[0], numbers[-1]
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Entries below a prefix, without it."""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
 
 
 def shape_of(
-    state: dict[str, Tensor], key: str, dims: int, what: str
+    state: Mapping[str, Tensor], key: str, dims: int, what: str
 ) -> tuple[int, ...]:
     """Shape of an entry that sizes are taken from.
 
@@ -145,7 +66,7 @@ def shape_of(
             dimensions of at least 1.
     """
     if key not in state:
-        raise ConversionError(_foreign(state, what, key))
+        raise ConversionError(_foreign(list(state), what, key))
     shape = tuple(state[key].shape)
     if len(shape) != dims or 0 in shape:
         raise ConversionError(
@@ -153,6 +74,38 @@ def shape_of(
             f'no {what} checkpoint or a damaged one'
         )
     return shape
+
+
+def _foreign(keys: list[str], what: str, expected: str) -> str:
+    """Message for a checkpoint of something else, with a guess at what."""
+    starts = {key.split('.')[0].split('/')[0] for key in keys}
+    if any(key.startswith('encoder.blocks.') for key in keys) and (
+        'decoder' in starts
+    ):
+        kind = 'pm-segmenter' if _has_matrices(keys) else 'segmenter'
+        advice = f'it looks like a Segmenter: use the kind {kind!r}'
+    elif 'backbone' in starts:
+        advice = (
+            'it looks like an OpenMMLab checkpoint, which loads as it is: '
+            "change the type in its config to 'PMVisionTransformer'"
+        )
+    elif 'Transformer' in starts:
+        advice = (
+            'it has the names of the JAX original: load it with timm and '
+            "save the weights, torch.save(model.state_dict(), 'vit.pth')"
+        )
+    elif starts & {'blocks', 'patch_embed', 'pos_embed'}:
+        advice = 'it seems to be incomplete: download or copy it again'
+    else:
+        advice = 'only plain Vision Transformers can be converted'
+    return (
+        f'this is no {what} checkpoint: expected {expected}, got '
+        f'{", ".join(keys[:4])}{", ..." if len(keys) > 4 else ""}; {advice}'
+    )
+
+
+def _has_matrices(keys: Iterable[str]) -> bool:
+    return any(key.endswith('.merge_matrix') for key in keys)
 
 
 @dataclass(frozen=True)
@@ -178,7 +131,7 @@ class Geometry:
     img_size: tuple[int, int]
     num_prefix: int
     qkv_bias: bool
-    embeds_prefix: bool = True
+    embeds_prefix: bool
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -186,14 +139,9 @@ class Geometry:
         height, width = self.img_size
         return height // self.patch_size, width // self.patch_size
 
-    @property
-    def num_tokens(self) -> int:
-        """N, patch tokens."""
-        return self.grid[0] * self.grid[1]
-
 
 def read_geometry(
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     hints: Hints,
     what: str,
     patch_positions: bool = False,
@@ -229,8 +177,7 @@ def read_geometry(
         height, width = hints.img_size
         alone = (height // patch) * (width // patch) == length
     else:
-        square = _root(length) is not None
-        alone = square and _root(length - num_prefix) is None
+        alone = _is_square(length) and not _is_square(length - num_prefix)
     embeds_prefix = not (patch_positions and alone)
     patches = length - num_prefix * embeds_prefix
     return Geometry(
@@ -247,7 +194,7 @@ def read_geometry(
     )
 
 
-def count_blocks(state: dict[str, Tensor], what: str) -> int:
+def count_blocks(state: Mapping[str, Tensor], what: str) -> int:
     """Number of ``blocks.*``.
 
     Raises:
@@ -262,9 +209,8 @@ def count_blocks(state: dict[str, Tensor], what: str) -> int:
     return len(found)
 
 
-def _root(number: int) -> int | None:
-    root = int(max(number, 0) ** 0.5 + 0.5)
-    return root if root > 0 and root * root == number else None
+def _is_square(count: int) -> bool:
+    return count > 0 and isqrt(count) ** 2 == count
 
 
 def _find_heads(sizes: tuple[int, int, int], given: int | None) -> int:
@@ -283,157 +229,70 @@ def _find_heads(sizes: tuple[int, int, int], given: int | None) -> int:
 def _find_img_size(
     patches: int, patch: int, given: tuple[int, int] | None
 ) -> tuple[int, int]:
-    if given is not None:
-        height, width = given
-        if (height // patch) * (width // patch) != patches:
+    if given is None:
+        if not _is_square(patches):
             raise ConversionError(
-                f'the position embedding is for {patches} patches of '
-                f'{patch}x{patch} pixels, an image of {height}x{width} has '
-                f'{(height // patch) * (width // patch)}; give the --img-size '
-                'the model was trained with'
+                f'the position embedding is for {patches} patches, which '
+                'form no square; give --img-size HEIGHT WIDTH'
             )
-        return height, width
-    side = _root(patches)
-    if side is None:
+        return isqrt(patches) * patch, isqrt(patches) * patch
+    height, width = given
+    expected = (height // patch) * (width // patch)
+    if expected != patches:
         raise ConversionError(
-            f'the position embedding is for {patches} patches, which form no '
-            'square; give --img-size HEIGHT WIDTH'
+            f'the position embedding is for {patches} patches of '
+            f'{patch}x{patch} pixels, an image of {height}x{width} has '
+            f'{expected}; give the --img-size the model was trained with'
         )
-    return side * patch, side * patch
-
-
-def _foreign(state: dict[str, Tensor], what: str, key: str) -> str:
-    """Message for a checkpoint of something else, with a guess at what."""
-    keys = list(state)
-
-    def any_starts(*prefixes: str) -> bool:
-        return any(key.startswith(prefixes) for key in keys)
-
-    if any_starts('encoder.blocks.') and any_starts('decoder.'):
-        kind = 'pm-segmenter' if _has_matrices(keys) else 'segmenter'
-        advice = f'it looks like a Segmenter: use the kind {kind!r}'
-    elif any_starts('backbone.'):
-        advice = (
-            'it looks like an OpenMMLab checkpoint, which loads as it is: '
-            "change the type in its config to 'PMVisionTransformer'"
-        )
-    elif any_starts('Transformer/'):
-        advice = (
-            'it has the names of the JAX original: load it with timm and '
-            "save the weights, torch.save(model.state_dict(), 'vit.pth')"
-        )
-    elif any_starts('blocks.', 'patch_embed.', 'pos_embed'):
-        advice = 'it seems to be incomplete: download or copy it again'
-    else:
-        advice = 'only plain Vision Transformers can be converted'
-    shown = ', '.join(keys[:4])
-    return (
-        f'this is no {what} checkpoint: expected {key}, got {shown}'
-        f'{", ..." if len(keys) > 4 else ""}; {advice}'
-    )
-
-
-def _has_matrices(keys: Iterable[str]) -> bool:
-    return any(key.endswith('.merge_matrix') for key in keys)
-
-
-def linear(
-    old: str, new: str, out_dims: int, in_dims: int, bias: bool = True
-) -> Iterator[Renaming]:
-    """Weight and bias of a linear layer, (out, in) and (out,)."""
-    yield Renaming(f'{old}.weight', f'{new}.weight', (out_dims, in_dims))
-    if bias:
-        yield Renaming(f'{old}.bias', f'{new}.bias', (out_dims,))
-
-
-def norm(old: str, new: str, dims: int) -> Iterator[Renaming]:
-    """Weight and bias of a layer normalisation, (dims,)."""
-    yield Renaming(f'{old}.weight', f'{new}.weight', (dims,))
-    yield Renaming(f'{old}.bias', f'{new}.bias', (dims,))
-
-
-def blocks(
-    num_layers: int, dims: int, hidden: int, qkv_bias: bool, mmseg: bool
-) -> Iterator[Renaming]:
-    """Entries of transformer layers.
-
-    Args:
-        num_layers (int): Their number.
-        dims (int): C.
-        hidden (int): Channels of the feed-forward layers.
-        qkv_bias (bool): Whether queries, keys and values have a bias.
-        mmseg (bool): Names of mmseg, else of mmpretrain.
-    """
-    names = _MMSEG_BLOCK if mmseg else _MMPRETRAIN_BLOCK
-    sizes = {
-        'attn.qkv': (3 * dims, dims),
-        'attn.proj': (dims, dims),
-        'mlp.fc1': (hidden, dims),
-        'mlp.fc2': (dims, hidden),
-    }
-    for index in range(num_layers):
-        for old, new in names.items():
-            # mmseg: in_proj_weight; everywhere else: name.weight
-            dot = '_' if new.endswith('in_proj') else '.'
-            old, new = f'blocks.{index}.{old}', f'layers.{index}.{new}'
-            size = sizes.get(old.split('.', 2)[2])
-            yield Renaming(
-                f'{old}.weight', f'{new}{dot}weight', size or (dims,)
-            )
-            if qkv_bias or not old.endswith('qkv'):
-                width = size[0] if size else dims
-                yield Renaming(f'{old}.bias', f'{new}{dot}bias', (width,))
-
-
-def embeddings(geometry: Geometry, patch_bias: bool) -> Iterator[Renaming]:
-    """Entries of the patch, class and position embeddings."""
-    dims, patch = geometry.embed_dims, geometry.patch_size
-    old, new = 'patch_embed.proj', 'patch_embed.projection'
-    shape = (dims, geometry.in_channels, patch, patch)
-    yield Renaming(f'{old}.weight', f'{new}.weight', shape)
-    if patch_bias:
-        yield Renaming(f'{old}.bias', f'{new}.bias', (dims,))
-    tokens = geometry.num_tokens
-    tokens += geometry.num_prefix * geometry.embeds_prefix
-    yield Renaming('pos_embed', 'pos_embed', (1, tokens, dims))
-    yield Renaming('cls_token', 'cls_token', (1, 1, dims))
-    if geometry.num_prefix == 2:
-        yield Renaming('dist_token', 'dist_token', (1, 1, dims))
+    return height, width
 
 
 def rename(
-    state: dict[str, Tensor],
-    table: Sequence[Renaming],
+    state: Mapping[str, Tensor],
+    model: dict[str, Any],
+    scope: str,
+    names: Sequence[tuple[str, str]],
     what: str,
-    ignored: Sequence[str] = (),
+    ignored: tuple[str, ...],
 ) -> dict[str, Tensor]:
-    """Rename the entries of a state dict, all of them or none.
+    """The entries of a model from those of a checkpoint, all or none.
 
     Args:
-        state (dict[str, Tensor]): Weights.
-        table (Sequence[Renaming]): What is expected in it.
+        state (dict[str, Tensor]): The checkpoint's weights.
+        model (dict): Config of our model, built for its names and shapes.
+        scope (str): 'mmseg' or 'mmpretrain', whose model it is.
+        names (Sequence[tuple[str, str]]): Parts of our names and of the
+            checkpoint's that replace them, those of blocks and embeddings
+            aside.
         what (str): What was expected, for messages.
-        ignored (Sequence[str]): Prefixes of entries that may be dropped.
+        ignored (tuple[str, ...]): Prefixes of entries that may be dropped.
 
     Raises:
         ConversionError: On missing, misshapen or unexpected entries.
     """
-    problems, renamed = [], {}
-    for old, new, shape in table:
+    with DefaultScope.overwrite_default_scope(scope):
+        models = import_module(f'{scope}.registry').MODELS
+        entries = models.build(deepcopy(model)).state_dict()
+    problems, renamed, known = [], {}, set()
+    for new, entry in entries.items():
+        old = new
+        for ours, theirs in (*names, *_NAMES):
+            old = old.replace(ours, theirs)
+        known.add(old)
+        expected = tuple(entry.shape)
         if old not in state:
-            problems.append(f'{old}: missing, expected {shape}')
-        elif tuple(state[old].shape) != shape:
+            problems.append(f'{old}: missing, expected {expected}')
+        elif tuple(state[old].shape) != expected:
             got = tuple(state[old].shape)
-            problems.append(f'{old}: got shape {got}, expected {shape}')
+            problems.append(f'{old}: got shape {got}, expected {expected}')
         elif not state[old].is_floating_point():
             problems.append(f'{old}: got {state[old].dtype}, expected floats')
         else:
             renamed[new] = state[old]
-    known = {entry.old for entry in table}
     problems += [
         f'{key}: unexpected'
         for key in state
-        if key not in known and not key.startswith(tuple(ignored) or ('\0',))
+        if key not in known and not key.startswith(ignored)
     ]
     if problems and _has_matrices(state):
         raise ConversionError(

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.merging import Grid
 from ..core.structure import PRUNED, check_rates, check_scores
-from .keys import Hints, number
+from .hints import Hints, number
 from .results import Converted
 from .segmenter import convert_segmenter
 from .sources import ConversionError
@@ -48,7 +49,7 @@ def convert_pm_vit(state: dict[str, Tensor], hints: Hints) -> Converted:
     """
     # Trained from DeiT or MAE, whose images are normalised like this.
     if hints.normalization is None and not hints.pretrained_cfg:
-        hints = Hints(**{**vars(hints), 'normalization': 'imagenet'})
+        hints = replace(hints, normalization='imagenet')
     options = dict(threshold='global', decay=0.025)
     return _convert(state, hints, convert_timm, 'channels', options)
 
@@ -77,42 +78,10 @@ def _convert(
     counts: str,
     options: dict[str, Any],
 ) -> Converted:
-    plain, matrices = split_matrices(state)
-    dense = convert(plain, hints)
-    if not matrices:
-        raise ConversionError(
-            'no block has a merge_matrix: this checkpoint is not compressed; '
-            f'use the kind {"timm" if counts == "channels" else "segmenter"!r}'
-        )
-    backbone = dense.model['backbone']
-    positions = dense.state_dict['backbone.pos_embed'].shape[1]
-    patch, img_size = backbone['patch_size'], backbone['img_size']
-    grid = (img_size[0] // patch, img_size[1] // patch)
-    depth = 1 + max(
-        int(key.split('.')[2])
-        for key in dense.state_dict
-        if key.startswith('backbone.layers.')
-    )
-    compression, compressor = convert_matrices(
-        matrices,
-        depth,
-        grid,
-        num_prefix=positions - grid[0] * grid[1],
-        facts={**hints.facts, 'counts': hints.facts.get(counts)},
-        options=options,
-    )
-    backbone['compression'] = compression
-    dense.state_dict.update(
-        (f'backbone.compressor.{key}', value)
-        for key, value in compressor.items()
-    )
-    return dense
+    """Convert the plain model; add options and state of its compressor.
 
-
-def split_matrices(
-    state: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], Matrices]:
-    """Tell the token maps from the plain model, by block."""
+    ``counts`` names the fact with the tokens of each block, P included.
+    """
     plain, matrices = {}, {}
     for key, value in state.items():
         match = _ENTRY.match(key)
@@ -120,69 +89,58 @@ def split_matrices(
             plain[key] = value
         elif match[2]:
             matrices.setdefault(int(match[1]), {})[match[2]] = value
-    return plain, matrices
-
-
-def convert_matrices(
-    matrices: Matrices,
-    depth: int,
-    grid: Grid,
-    num_prefix: int,
-    facts: dict[str, Any],
-    options: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Options and state of the compressor that has these token maps.
-
-    Args:
-        matrices (dict[int, dict[str, Tensor]]): Entries by block.
-        depth (int): Number of blocks.
-        grid (tuple[int, int]): Patch rows and columns, N = h * w.
-        num_prefix (int): P.
-        facts (dict[str, Tensor]): ``counts`` (tokens of each block, P
-            included), ``merge_list``, ``scores``, ``keep`` and ``prune``,
-            where known.
-        options (dict): More options of the compressor.
-
-    Returns:
-        tuple[dict, dict[str, Tensor]]: ``compression`` and the state dict of
-        its :class:`~pm_seg.core.StaticCompressor`.
-
-    Raises:
-        ConversionError: On missing or misshapen entries, masks that are not
-            0 or 1, and counts, lists or scores that do not fit.
-    """
+    dense = convert(plain, hints)
+    if not matrices:
+        raise ConversionError(
+            'no block has a merge_matrix: this checkpoint is not compressed; '
+            f'use the kind {"timm" if counts == "channels" else "segmenter"!r}'
+        )
+    facts, depth = hints.facts, dense.geometry.num_layers
+    num_prefix, patches = dense.geometry.num_prefix, prod(dense.geometry.grid)
     layers = _layers(matrices, depth, facts.get('merge_list'))
-    tokens = num_prefix + grid[0] * grid[1]
-    for layer in layers:
-        _check_entries(layer, matrices[layer], tokens, num_prefix)
-    slots = [matrices[layer]['merge_matrix'].shape[0] for layer in layers]
-    _check_counts(facts.get('counts'), layers, slots, depth, tokens)
-
-    group = torch.arange(tokens - num_prefix).repeat(depth, 1)
+    slots = [
+        _check_entries(layer, matrices[layer], patches, num_prefix)
+        for layer in layers
+    ]
+    _check_counts(
+        facts.get(counts), layers, slots, depth, num_prefix + patches
+    )
+    group = torch.arange(patches).repeat(depth, 1)
+    scores = torch.zeros(group.shape)
     for layer in layers:
         group[layer] = _groups(layer, matrices[layer], num_prefix)
+    # As recorded, else what the matrices amount to.
+    total = len(layers) * patches
     num_groups = [count - num_prefix for count in slots]
-    compression = dict(
+    kept = number(facts, 'keep', sum(num_groups) / total)
+    lost = int((group[layers] == PRUNED).sum())
+    pruned = number(facts, 'prune', lost / total)
+    try:
+        check_rates(kept, pruned)
+        if facts.get('scores') is not None:
+            _read_scores(facts['scores'], scores, layers)
+            check_scores(scores[layers], layers)
+    except ValueError as error:
+        raise ConversionError(f'{error} (in the checkpoint)') from error
+    dense.model['backbone']['compression'] = dict(
         type='paper',
-        **_rates(facts, num_groups, group[layers]),
+        keep_rate=round(kept, 6),
+        prune_rate=round(pruned, 6),
         layers=layers,
         matrices='dense',
         num_groups=num_groups,
         **options,
     )
-    state = dict(scores=torch.zeros(group.shape), group=group)
-    try:
-        check_rates(compression['keep_rate'], compression['prune_rate'])
-        if facts.get('scores') is not None:
-            state['scores'] = _scores(facts['scores'], layers, group.shape)
-            check_scores(state['scores'][layers], layers)
-    except ValueError as error:
-        raise ConversionError(f'{error} (in the checkpoint)') from error
+    compressor = dict(scores=scores, group=group)
     for layer in layers:
         entries = matrices[layer]
-        state[f'merge_matrix.{layer}'] = entries['merge_matrix']
-        state[f'restore_matrix.{layer}'] = entries['recover_matrix']
-    return compression, state
+        compressor[f'merge_matrix.{layer}'] = entries['merge_matrix']
+        compressor[f'restore_matrix.{layer}'] = entries['recover_matrix']
+    dense.state_dict.update(
+        (f'backbone.compressor.{key}', value)
+        for key, value in compressor.items()
+    )
+    return dense
 
 
 def _layers(matrices: Matrices, depth: int, listed: Any) -> list[int]:
@@ -207,8 +165,9 @@ def _layers(matrices: Matrices, depth: int, listed: Any) -> list[int]:
 
 
 def _check_entries(
-    layer: int, entries: dict[str, Tensor], tokens: int, num_prefix: int
-) -> None:
+    layer: int, entries: dict[str, Tensor], patches: int, num_prefix: int
+) -> int:
+    """Tokens the block works on, P included."""
     missing = [name for name in _NAMES if name not in entries]
     if missing:
         raise ConversionError(
@@ -216,14 +175,11 @@ def _check_entries(
             f'{", ".join(_NAMES)} in each compressed block: copy the file '
             'again'
         )
+    tokens = num_prefix + patches
     shapes = {name: tuple(entries[name].shape) for name in _NAMES}
     slots = (*shapes['merge_matrix'], 0)[0]
-    expected = dict(
-        merge_matrix=(slots, tokens),
-        recover_matrix=(tokens, slots),
-        token_mask=(tokens,),
-    )
-    if shapes != expected or not num_prefix < slots <= tokens:
+    expected = (slots, tokens), (tokens, slots), (tokens,)
+    if (*shapes.values(),) != expected or not num_prefix < slots <= tokens:
         raise ConversionError(
             f'block {layer}: got {shapes}, expected merge_matrix (K, '
             f'{tokens}), recover_matrix ({tokens}, K) and token_mask '
@@ -238,6 +194,7 @@ def _check_entries(
             'and 0 for those that the shortcut keeps: such a block cannot be '
             'converted'
         )
+    return slots
 
 
 def _check_counts(
@@ -283,26 +240,15 @@ def _groups(layer: int, entries: dict[str, Tensor], num_prefix: int) -> Tensor:
     return group
 
 
-def _rates(
-    facts: dict[str, Any], num_groups: list[int], group: Tensor
-) -> dict[str, float]:
-    """Rates: as recorded, else what the matrices amount to."""
-    total = group.numel()
-    kept = number(facts, 'keep', sum(num_groups) / total)
-    pruned = number(facts, 'prune', int((group == PRUNED).sum()) / total)
-    return dict(keep_rate=round(kept, 6), prune_rate=round(pruned, 6))
-
-
-def _scores(scores: Any, layers: list[int], shape: torch.Size) -> Tensor:
-    """Scores of all blocks, (depth, N), of all or of compressed ones."""
-    scores = torch.as_tensor(scores).float()
-    if tuple(scores.shape) == (len(layers), shape[1]):
-        full = torch.zeros(shape)
-        full[layers] = scores
-        return full
-    if scores.shape != shape:
+def _read_scores(given: Any, scores: Tensor, layers: list[int]) -> None:
+    """Fill in scores, (depth, N), given for all or for compressed blocks."""
+    given = torch.as_tensor(given).float()
+    if given.shape == scores.shape:
+        scores.copy_(given)
+    elif given.shape == scores[layers].shape:
+        scores[layers] = given
+    else:
         raise ConversionError(
-            f'scores have shape {tuple(scores.shape)}, expected '
-            f'{tuple(shape)}: one value per block and patch token'
+            f'scores have shape {tuple(given.shape)}, expected '
+            f'{tuple(scores.shape)}: one value per block and patch token'
         )
-    return scores

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..utils.files import whole_files
 from ..version import __version__
+from .keys import Geometry
 from .sources import ConversionError
 
 #: Pixel mean and standard deviation, RGB.
@@ -19,6 +20,15 @@ NORMALIZATIONS = {
     'vit': ([127.5, 127.5, 127.5], [127.5, 127.5, 127.5]),
     'imagenet': ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
 }
+
+
+def normalization(
+    name: str, guessed: bool = False
+) -> tuple[dict[str, list[float]], str]:
+    """Pixel ``mean`` and ``std`` by their name, and a note that says them."""
+    mean, std = (list(values) for values in NORMALIZATIONS[name])
+    reason = ' (a guess; change it with --normalization)' if guessed else ''
+    return dict(mean=mean, std=std), f'pixel mean {mean} and std {std}{reason}'
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Converted:
         state_dict (dict[str, Tensor]): Weights of ``model``.
         model (dict): Config of the model.
         scope (str): Default scope, 'mmseg' or 'mmpretrain'.
+        geometry (Geometry): Sizes of the backbone.
         dataset_meta (dict): Names of the classes, where known.
         notes (list[str]): What a user should know.
     """
@@ -36,6 +47,7 @@ class Converted:
     state_dict: dict[str, Tensor]
     model: dict[str, Any]
     scope: str
+    geometry: Geometry
     dataset_meta: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -50,9 +62,28 @@ class Converted:
         )
 
 
-def config_path(out: str | Path) -> Path:
-    """Where the config of a checkpoint is written: its name with .py."""
-    return Path(out).with_suffix('.py')
+def targets(out: str | Path, source: str | Path = '') -> list[Path]:
+    """Config and checkpoint that ``out`` stands for.
+
+    Raises:
+        ConversionError: If ``out`` does not end in .pth, or one of them is a
+            folder or the file to convert.
+    """
+    out = Path(out)
+    if out.suffix != '.pth':
+        raise ConversionError(
+            f'cannot write {out}: expected a name that ends in .pth'
+        )
+    for target in (out.with_suffix('.py'), out):
+        if target.is_dir():
+            raise ConversionError(
+                f'{target} is a folder; choose another name to write to'
+            )
+        if source and target.exists() and target.samefile(source):
+            raise ConversionError(
+                f'{target} is the input; choose another output'
+            )
+    return [out.with_suffix('.py'), out]
 
 
 def write_converted(
@@ -69,29 +100,19 @@ def write_converted(
         Path: The config.
 
     Raises:
-        ConversionError: If ``out`` does not end in .pth.
+        ConversionError: See :func:`targets`.
         OSError: If it cannot be written.
     """
-    out = Path(out)
-    if out.suffix != '.pth':
-        raise ConversionError(
-            f'cannot write {out.name}: expected a name that ends in .pth'
-        )
-    cfg = Config(converted.config)
-    text = f'# Converted by pm_seg from {origin}.\n{cfg.pretty_text}'
+    files = targets(out)
+    text = Config(converted.config).pretty_text
+    text = f'# Converted by pm_seg from {origin}.\n{text}'
     meta: dict[str, Any] = dict(
         cfg=text, converted_from=origin, pm_seg_version=__version__
     )
     if converted.dataset_meta:
         meta['dataset_meta'] = converted.dataset_meta
-    targets = (config_path(out), out)
-    for target in targets:
-        if target.is_dir():
-            raise ConversionError(
-                f'{target} is a folder; choose another name to write to'
-            )
-    with whole_files(*targets) as (config, checkpoint):
+    with whole_files(*files) as (config, checkpoint):
         config.write_text(text)
         content = dict(state_dict=converted.state_dict, meta=meta)
         torch.save(content, checkpoint)
-    return targets[0]
+    return files[0]

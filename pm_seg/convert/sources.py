@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..utils.checkpoints import check_archive, read_checkpoint, refusal
+from ..utils.checkpoints import UnreadableError, explained, read_whole
 
 #: Where training scripts keep the weights among other things, first wins.
 _NESTED = ('state_dict', 'model', 'model_state_dict', 'sd')
@@ -25,18 +24,8 @@ _WRAPPERS = ('module.', '_orig_mod.')
 #: Archives of arrays may hold weights below this prefix, the rest beside it.
 _ARRAYS = 'sd/'
 #: Entries that describe a model and are no weights of it.
-_FACTS = (
-    'channels',
-    'img_size',
-    'keep',
-    'merge_list',
-    'merged_tokens',
-    'n_cls',
-    'num_heads',
-    'patch_size',
-    'prune',
-    'scores',
-)
+_FACTS = ('channels', 'img_size', 'keep', 'merge_list', 'merged_tokens',
+          'n_cls', 'num_heads', 'patch_size', 'prune', 'scores')  # fmt: skip
 
 
 class ConversionError(ValueError):
@@ -81,112 +70,121 @@ def read_source(path: str | Path) -> Source:
             f'{path} is not a file; give the path of a checkpoint (.pth, '
             '.npz or .safetensors)'
         )
-    readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
-    content = readers.get(path.suffix.lower(), _read_torch)(path)
-    state, facts = split_content(content)
+    content = _read(path)
+    if not isinstance(content, Mapping):
+        raise ConversionError(
+            f'{path.name} holds a {type(content).__name__}; expected a dict '
+            'of tensors by name'
+        )
+    state, facts = _split(content)
     if not state:
         found = ', '.join(map(str, list(content)[:8])) or 'nothing'
         raise ConversionError(
             f'{path.name} holds no weights: got {found}; expected tensors by '
             f'name, or a dict of them below one of {_NESTED}'
         )
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ConversionError(
+                f'{path.name}: {key} contains NaN or inf; the file is '
+                'damaged or its training diverged: use another one'
+            )
+    for key, value in facts.items():
+        try:
+            facts[key] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConversionError(
+                f'{path.name}: entry {key} is a {type(value).__name__}, '
+                'expected a number or a list of them; remove it to do without'
+            ) from error
     return Source(
-        _to_float(state, path),
-        _to_tensors(facts, path),
+        state,
+        facts,
         _read_variant(path.with_name('variant.yml')),
         _read_pretrained_cfg(path.with_name('config.json')),
     )
 
 
-def split_content(
-    content: Mapping[str, Any],
+def _split(
+    content: Mapping[Any, Any],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tell weights from what describes them.
+    """Tell weights, as float32, from what describes them.
 
     Weights may lie below one of ``_NESTED``, below ``sd/`` in archives of
     arrays, or at the top; wrappers' prefixes are removed.
     """
-    facts = {k: v for k, v in content.items() if k in _FACTS}
-    archived = {
-        key.removeprefix(_ARRAYS): value
-        for key, value in content.items()
-        if str(key).startswith(_ARRAYS)
-    }
     nested = [
         content[key]
         for key in _NESTED
         if isinstance(content.get(key), Mapping) and content[key]
     ]
-    found = archived or (nested[0] if nested else content)
-    facts.update((k, v) for k, v in found.items() if k in _FACTS)
+    found = nested[0] if nested else content
+    archived = [k for k in content if str(k).startswith(_ARRAYS)]
+    if archived:
+        found = {k.removeprefix(_ARRAYS): content[k] for k in archived}
+    facts = {
+        key: value
+        for section in (content, found)
+        for key, value in section.items()
+        if key in _FACTS and value is not None
+    }
     state = {
-        str(key): value
+        str(key): value.detach().contiguous()
         for key, value in found.items()
         if isinstance(value, Tensor) and key not in _FACTS
     }
+    for key, value in state.items():
+        if value.is_floating_point():
+            state[key] = value.float()
     for prefix in _WRAPPERS:
         if state and all(key.startswith(prefix) for key in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state, facts
 
 
-def _to_float(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    converted = {}
-    for key, value in state.items():
-        if not value.is_floating_point():
-            value = value.clone()
+def _read(path: Path) -> Any:
+    """Content of a file, by its suffix.
+
+    Raises:
+        ConversionError: If it is damaged, holds code, or its library is
+            missing.
+    """
+    readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
+    reader = readers.get(path.suffix.lower())
+    try:
+        if reader is None:
+            # Training scripts of this field save their arguments; a namespace
+            # is a bag of attributes and its unpickling sets nothing else.
+            return read_whole(path, also=[argparse.Namespace])
+        with explained():
+            return reader(path)
+    except UnreadableError as error:
+        if isinstance(error.__cause__, ImportError):
+            message = (
+                f'{path.name} needs the safetensors package to be read: pip '
+                'install safetensors'
+            )
+        elif error.code:
+            message = (
+                f'{path.name} is not a file of weights alone ({error}); files '
+                'that hold more than data are refused because loading them '
+                'can run code. If you trust it, save its weights alone: '
+                "torch.save(model.state_dict(), 'weights.pth')"
+            )
         else:
-            value = value.detach().float().contiguous()
-            if not torch.isfinite(value).all():
-                raise ConversionError(
-                    f'{path.name}: {key} contains NaN or inf; the file is '
-                    'damaged or its training diverged: use another one'
-                )
-        converted[key] = value
-    return converted
-
-
-def _to_tensors(facts: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    converted = {}
-    for key, value in facts.items():
-        if value is None:
-            continue
-        try:
-            converted[key] = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConversionError(
-                f'{path.name}: entry {key} is a {type(value).__name__}, '
-                'expected a number or a list of them; remove it to do without'
-            ) from error
-    return converted
-
-
-def _damaged(path: Path, error: object) -> ConversionError:
-    return ConversionError(
-        f'{path.name} cannot be read ({error}); it is truncated, damaged or '
-        f'not a {path.suffix or "checkpoint"} file: download or copy it again'
-    )
-
-
-def _refused(path: Path, reason: str) -> ConversionError:
-    return ConversionError(
-        f'{path.name} is not a file of weights alone ({reason}); files that '
-        'hold more than data are refused because loading them can run code. '
-        'If you trust it, save its weights alone: '
-        "torch.save(model.state_dict(), 'weights.pth')"
-    )
+            message = (
+                f'{path.name} cannot be read ({error}); it is truncated, '
+                f'damaged or not a {path.suffix or "checkpoint"} file: '
+                'download or copy it again'
+            )
+        raise ConversionError(message) from error
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     if not zipfile.is_zipfile(path):
-        raise _damaged(path, 'not a zip file')
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # damaged bytes raise about anything
-        if 'allow_pickle' in str(error):
-            raise _refused(path, 'pickled objects') from error
-        raise _damaged(path, error) from error
+        raise zipfile.BadZipFile('not a zip file')
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
     return {
         key: torch.from_numpy(value)
         for key, value in arrays.items()
@@ -195,37 +193,9 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ConversionError(
-            f'{path.name} needs the safetensors package to be read: pip '
-            'install safetensors'
-        ) from None
-    try:
-        return load_file(path)
-    except Exception as error:  # damaged bytes raise about anything
-        raise _damaged(path, error) from error
+    from safetensors.torch import load_file
 
-
-def _read_torch(path: Path) -> dict[str, Any]:
-    try:
-        check_archive(path)
-        # Training scripts of this field save their arguments; a namespace is
-        # a bag of attributes and its unpickling sets nothing else.
-        content = read_checkpoint(path, also=[argparse.Namespace])
-    except UnpicklingError as error:
-        code, reason = refusal(error)
-        make = _refused if code else _damaged
-        raise make(path, reason) from error
-    except Exception as error:  # damaged bytes raise about anything
-        raise _damaged(path, str(error).split('\n')[0]) from error
-    if not isinstance(content, Mapping):
-        raise ConversionError(
-            f'{path.name} holds a {type(content).__name__}; expected a dict '
-            'of tensors by name'
-        )
-    return dict(content)
+    return load_file(path)
 
 
 class _VariantLoader(yaml.SafeLoader):

@@ -1,3 +1,4 @@
+from ..visualization.layers import describe
 from .compression import Measuring, compress
 from .hooks import (
     CompressionVisualizationHook,
@@ -9,7 +10,6 @@ from .hooks import (
     WholeCheckpointHook,
 )
 from .optimizers import PMLayerDecayOptimWrapperConstructor
-from .report import describe
 from .scoring import gather_scores
 from .targets import meet_target
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..utils.checkpoints import latest_intact_checkpoint
@@ -79,17 +78,6 @@ def require_images(dataset: object) -> None:
     )
 
 
-def _label_range(model: nn.Module) -> tuple[int, int | None]:
-    """Number of classes, and the label that is ignored."""
-    while hasattr(model, 'module'):  # distributed, test-time augmentation
-        model = model.module
-    head = getattr(model, 'decode_head', None) or getattr(model, 'head', None)
-    if isinstance(head, nn.ModuleList):
-        head = head[-1]
-    classes = getattr(head, 'num_classes', None)
-    return classes or 0, getattr(head, 'ignore_index', None)
-
-
 def _samples(node: object) -> Iterator[object]:
     """Data samples of a batch, those inside lists (augmented) included."""
     if isinstance(node, (list, tuple)):
@@ -113,44 +101,37 @@ def check_labels(
         first, step (int): Of maps, look at each ``step``-th row from
             ``first`` on. Defaults to all.
     """
-    if not isinstance(batch, Mapping):
-        return
-    classes, ignored = _label_range(model)
-    if classes < 2:
+    while hasattr(model, 'module'):  # distributed, test-time augmentation
+        model = model.module
+    head = getattr(model, 'decode_head', None) or getattr(model, 'head', None)
+    if isinstance(head, nn.ModuleList):
+        head = head[-1]
+    classes = getattr(head, 'num_classes', None) or 0
+    ignored = getattr(head, 'ignore_index', None)
+    if not isinstance(batch, Mapping) or classes < 2:
         return
     for sample in _samples(batch.get('data_samples')):
-        label = _labels(sample)
-        if label is None or label.is_floating_point() or not label.numel():
+        label = getattr(sample, 'gt_label', None)
+        if 'gt_sem_seg' in sample:
+            label = sample.gt_sem_seg.data
+        if not isinstance(label, Tensor) or label.is_floating_point():
             continue
         if label.dim() > 1:
             label = label[..., first::step, :]
         wrong = (label >= classes) | (label < 0)
         if ignored is not None:
             wrong &= label != ignored
-        if wrong.any():
-            raise ValueError(_wrong_label(sample, label[wrong], classes,
-                                          ignored))  # fmt: skip
-
-
-def _labels(sample: object) -> Tensor | None:
-    if 'gt_sem_seg' in sample:
-        return sample.gt_sem_seg.data
-    label = getattr(sample, 'gt_label', None)
-    return label if isinstance(label, Tensor) else None
-
-
-def _wrong_label(
-    sample: object, wrong: Tensor, classes: int, ignored: int | None
-) -> str:
-    found = ', '.join(map(str, torch.unique(wrong).tolist()[:8]))
-    file = getattr(sample, 'seg_map_path', None)
-    file = file or getattr(sample, 'img_path', None) or 'an image'
-    also = '' if ignored is None else f' or {ignored} (ignored)'
-    return (
-        f'{file} has label {found}, expected 0..{classes - 1}{also}: the '
-        f'model has {classes} classes. Check num_classes, reduce_zero_label '
-        'and the annotation'
-    )
+        if not wrong.any():
+            continue
+        found = ', '.join(map(str, label[wrong].unique().tolist()[:8]))
+        file = getattr(sample, 'seg_map_path', None)
+        file = file or getattr(sample, 'img_path', None) or 'an image'
+        also = '' if ignored is None else f' or {ignored} (ignored)'
+        raise ValueError(
+            f'{file} has label {found}, expected 0..{classes - 1}{also}: the '
+            f'model has {classes} classes. Check num_classes, '
+            'reduce_zero_label and the annotation'
+        )
 
 
 def explain(

@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,14 +20,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 #: Torch's own switch for loading checkpoints with code in them.
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 #: Lines around torch's reason for refusing a file.
-_ADVICE = (
-    'Weights only load failed',
-    'Please file',
-    'Check the',
-    'To execute',
-    '(1)',
-    '(2)',
-)
+_ADVICE = ('Weights only load failed', 'Please file', 'Check the',
+           'To execute', '(1)', '(2)')  # fmt: skip
 #: Reasons that mean that it holds more than data.
 _CODE = re.compile(
     r'\bglobal\b|refusing|unrecognized function|unsupported class|Can only',
@@ -52,17 +47,13 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
     return text.encode('latin1')
 
 
-def _known_as(function: Callable, module: str, name: str) -> None:
-    """Give a stand-in the name it is looked up by.
-
-    Torch before 2.6 takes no name beside the function.
-    """
-    function.__module__ = module
-    function.__name__ = function.__qualname__ = name
-
-
-_known_as(_history_method, 'builtins', 'getattr')
-_known_as(_latin1_bytes, '_codecs', 'encode')
+# The names they are looked up by; torch before 2.6 takes none beside them.
+for _stand_in, _module, _name in (
+    (_history_method, 'builtins', 'getattr'),
+    (_latin1_bytes, '_codecs', 'encode'),
+):
+    _stand_in.__module__ = _module
+    _stand_in.__name__ = _stand_in.__qualname__ = _name
 
 
 def allow_training_state() -> None:
@@ -72,21 +63,20 @@ def allow_training_state() -> None:
     cannot resume: its checkpoints hold logged scalars as ``HistoryBuffer``
     with numpy arrays. These few types are allowed; code is still refused.
     """
-    core = np._core if hasattr(np, '_core') else np.core
-    multiarray = core.multiarray
-    types: list = [
-        HistoryBuffer,
-        np.ndarray,
-        np.dtype,
-        multiarray._reconstruct,
-        multiarray.scalar,
-    ]
-    types += [
-        type(np.dtype(kind))
-        for kind in (np.float32, np.float64, np.int32, np.int64, np.uint32)
-    ]
-    types += [_history_method, _latin1_bytes]
-    torch.serialization.add_safe_globals(types)
+    multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
+    kinds = np.float32, np.float64, np.int32, np.int64, np.uint32
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            multiarray._reconstruct,
+            multiarray.scalar,
+            *(type(np.dtype(kind)) for kind in kinds),
+            _history_method,
+            _latin1_bytes,
+        ]
+    )
 
 
 def read_checkpoint(
@@ -121,22 +111,7 @@ def trusted() -> bool:
     return os.environ.get(TRUST, '0').lower() in ('1', 'y', 'yes', 'true')
 
 
-def refusal(error: UnpicklingError) -> tuple[bool, str]:
-    """Torch's reason for refusing a file, in one line.
-
-    Returns:
-        tuple[bool, str]: Whether the file holds code (else it is damaged),
-        and the reason. Torch's advice to load unsafely is not passed on.
-    """
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith(_ADVICE)]
-    reason = lines[0] if lines else 'not a pickle of weights'
-    reason = reason.removeprefix('WeightsUnpickler error: ')
-    reason = reason.split(' Please use')[0].rstrip('. ')
-    return bool(_CODE.search(reason)), reason
-
-
-def check_archive(path: str | Path) -> None:
+def _check_archive(path: str | Path) -> None:
     """Compare the checksums of a zip file, which torch does not.
 
     Files of the format before torch 1.6 are no zip files and pass.
@@ -150,6 +125,54 @@ def check_archive(path: str | Path) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
+
+
+class UnreadableError(Exception):
+    """A file that does not load.
+
+    Args:
+        reason (str): In one line.
+        code (bool): Whether it holds code, else it is damaged.
+    """
+
+    def __init__(self, reason: str, code: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what a reader of files raises into :class:`UnreadableError`.
+
+    Torch's advice to load unsafely is not passed on.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        lines = [x for x in lines if x and not x.startswith(_ADVICE)]
+        reason = lines[0] if lines else 'not a pickle of weights'
+        reason = reason.removeprefix('WeightsUnpickler error: ')
+        reason = reason.split(' Please use')[0].rstrip('. ')
+        code = bool(_CODE.search(reason))
+        raise UnreadableError(reason, code) from error
+    except Exception as error:  # damaged bytes raise about anything
+        reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
+        raise UnreadableError(reason, 'allow_pickle' in reason) from error
+
+
+def read_whole(
+    path: Path, map_location: Any = 'cpu', also: Sequence[type] = ()
+) -> Any:
+    """:func:`read_checkpoint`, and a comparison of checksums before.
+
+    Raises:
+        UnreadableError: If the file is damaged or holds anything but data.
+    """
+    with explained():
+        _check_archive(path)
+        return read_checkpoint(path, map_location, also)
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict:
@@ -178,52 +201,41 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
         )
     try:
         if trusted():
-            content = torch.load(
-                path, map_location=map_location, weights_only=False
+            with explained():
+                content = torch.load(
+                    path, map_location=map_location, weights_only=False
+                )
+        else:
+            content = read_whole(path, map_location)
+    except UnreadableError as error:
+        if error.code:
+            message = (
+                f'checkpoint {path} holds more than weights ({error}). It was '
+                'not loaded, because loading it could run code. If you trust '
+                f'where it comes from, set the environment variable {TRUST}=1'
             )
         else:
-            check_archive(path)
-            content = read_checkpoint(path, map_location)
-    except UnpicklingError as error:
-        code, reason = refusal(error)
-        if not code:
-            raise _damaged(path, reason) from error
-        raise CheckpointError(
-            f'checkpoint {path} holds more than weights ({reason}). It was '
-            'not loaded, because loading it could run code. If you trust '
-            f'where it comes from, set the environment variable {TRUST}=1'
-        ) from error
-    except Exception as error:  # damaged bytes raise about anything
-        reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
-        raise _damaged(path, reason) from error
+            remedy = 'download or copy it again, or use an earlier one'
+            if path.suffix.lower() in ('.npz', '.safetensors'):
+                remedy = 'use tools/convert_checkpoint.py'
+            message = (
+                f'checkpoint {path} cannot be read ({error}; it has '
+                f'{path.stat().st_size} bytes): it is truncated, damaged or '
+                f'no .pth file; {remedy}'
+            )
+        raise CheckpointError(message) from error
     if not isinstance(content, Mapping) or not content:
+        kind = f'a {type(content).__name__}'
+        kind = 'nothing' if isinstance(content, Mapping) else kind
         raise CheckpointError(
-            f'checkpoint {path} holds {_kind(content)}; expected a dict of '
-            'weights by name, or one with a state_dict, as torch.save('
+            f'checkpoint {path} holds {kind}; expected a dict of weights by '
+            'name, or one with a state_dict, as torch.save('
             'model.state_dict(), path) writes it'
         )
     meta = content.get('meta')
     if isinstance(meta, dict):
         meta.pop('config', None)
     return content
-
-
-def _kind(content: object) -> str:
-    empty = isinstance(content, Mapping)
-    return 'nothing' if empty else f'a {type(content).__name__}'
-
-
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    remedy = (
-        'use tools/convert_checkpoint.py'
-        if path.suffix.lower() in ('.npz', '.safetensors')
-        else 'download or copy it again, or use an earlier one'
-    )
-    return CheckpointError(
-        f'checkpoint {path} cannot be read ({reason}; it has '
-        f'{path.stat().st_size} bytes): it is truncated, damaged or no .pth '
-        f'file; {remedy}'
-    )
 
 
 def latest_intact_checkpoint(
@@ -239,17 +251,13 @@ def latest_intact_checkpoint(
         finite (bool): Whether to pass over those with NaN or inf in their
             weights. Defaults to False.
     """
-
-    def number(path: Path) -> int:
-        return int(path.stem.rsplit('_', 1)[1])
-
     found = [
-        path
+        (int(path.stem.rsplit('_', 1)[1]), path)
         for kind in ('iter', 'epoch')
         for path in Path(work_dir).glob(f'{kind}_*.pth')
         if path.stem.rsplit('_', 1)[1].isdigit()
     ]
-    for path in sorted(found, key=number, reverse=True):
+    for _, path in sorted(found, reverse=True):
         problem = _fault(path, finite)
         if problem is None:
             return str(path)
@@ -260,16 +268,16 @@ def latest_intact_checkpoint(
 def _fault(path: Path, finite: bool) -> str | None:
     """What keeps a run from going on from a checkpoint, if anything."""
     try:
-        if not zipfile.is_zipfile(path):
-            return 'not a whole checkpoint'
-        check_archive(path)
+        whole = zipfile.is_zipfile(path)
+        _check_archive(path)
     except (zipfile.BadZipFile, OSError):
+        whole = False
+    if not whole:
         return 'not a whole checkpoint'
-    if finite:
-        state = read_checkpoint(path).get('state_dict', {})
-        for key, value in state.items():
-            if not torch.isfinite(value).all():
-                return f'{key} contains NaN or inf'
+    state = read_checkpoint(path).get('state_dict', {}) if finite else {}
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            return f'{key} contains NaN or inf'
     return None
 
 

@@ -1,4 +1,8 @@
-"""Downloads that go on where they stopped."""
+"""Downloads that go on where they stopped.
+
+torch.hub and pooch would start over, and mix a file with one that has changed
+on the server since.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +38,9 @@ class _ChangedError(Exception):
 def download(
     url: str,
     target: Path,
-    size: int | None = None,
     checksum: str | None = None,
-    progress: Progress | None = None,
-    before: Callable[[int], None] | None = None,
+    progress: Progress = lambda done, total: None,
+    before: Callable[[int], None] = lambda rest: None,
     retries: int = 3,
     timeout: float = 30,
     wait: float = 2,
@@ -52,11 +55,10 @@ def download(
     Args:
         url (str): An http(s) address.
         target (Path): File to write. Its folder is created.
-        size (int, optional): Bytes it must have.
         checksum (str, optional): MD5, SHA-1 or SHA-256 in hexadecimal, told
             apart by their length.
-        progress (Callable, optional): Called after every chunk.
-        before (Callable, optional): Called with the bytes that are still to
+        progress (Callable): Called after every chunk.
+        before (Callable): Called with the bytes that are still to
             come before they do, for example to check the disk.
         retries (int): How often to go on by itself after the connection
             broke without a byte. Defaults to 3.
@@ -77,7 +79,7 @@ def download(
     while True:
         had = _size(partial)
         try:
-            total = _attempt(url, partial, note, progress, before, timeout)
+            _attempt(url, partial, note, progress, before, timeout)
             break
         except _ChangedError:
             partial.unlink(missing_ok=True)
@@ -106,20 +108,12 @@ def download(
                     )
                 ) from None
             time.sleep(wait)
-    expected = size or total
-    if expected and _size(partial) != expected:
-        found = _size(partial)
-        _remove(partial, note)
-        raise DownloadError(
-            f'{url} has {found} bytes, expected {expected}; it was deleted. '
-            'Is this the right file? Another one needs its own size and '
-            'checksum.'
-        )
     if checksum:
         try:
             verify(partial, checksum)
         except DownloadError:
-            _remove(partial, note)
+            partial.unlink()
+            note.unlink()
             raise
     os.replace(partial, target)
     note.unlink(missing_ok=True)
@@ -165,30 +159,22 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
-
-
 def _version(headers: Mapping[str, str]) -> dict[str, str]:
     """What tells one version of a file from another."""
-    names = {'ETag': 'etag', 'Last-Modified': 'modified'}
-    return {
-        key: headers[name] for name, key in names.items() if headers.get(name)
-    }
+    names = 'ETag', 'Last-Modified'
+    return {name: headers[name] for name in names if headers.get(name)}
 
 
 def _attempt(
     url: str,
     partial: Path,
     note: Path,
-    progress: Progress | None,
-    before: Callable[[int], None] | None,
+    progress: Progress,
+    before: Callable[[int], None],
     timeout: float,
-) -> int:
-    """One connection; returns the size of the whole file, 0 if unknown."""
-    have = _size(partial)
-    known: dict = {}
+) -> None:
+    """One connection; returns when all is there."""
+    have, known = _size(partial), {}
     if have:
         try:
             known = json.loads(note.read_text())
@@ -196,6 +182,7 @@ def _attempt(
             raise _ChangedError from None
         if known.get('url') != url:
             raise _ChangedError
+    total = known.get('total', 0)
     request = urllib.request.Request(url, headers=_headers(have, known))
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
@@ -203,38 +190,33 @@ def _attempt(
         if error.code != 416 or not have:
             raise
         # Nothing is left to send: all of it is there, or too much.
-        total = known.get('total', 0)
-        if total and have == total:
-            if progress:
-                progress(have, total)
-            return total
-        raise _ChangedError from None
+        if not total or have != total:
+            raise _ChangedError from None
+        progress(have, total)
+        return
     with response:
         version = _version(response.headers)
         length = int(response.headers.get('Content-Length') or 0)
-        total = length
         if response.status == 206 and have:
-            first, total = _content_range(response.headers)
+            given = response.headers.get('Content-Range', '')
             same = version == known.get('version')
-            if first != have or not same or total != known.get('total'):
+            if not same or not re.fullmatch(
+                rf'bytes {have}-\d+/{total}', given
+            ):
                 raise _ChangedError
         else:
-            have = 0  # the whole file, whatever was asked for
-        if before:
-            before(length)
+            have, total = 0, length  # the whole file, whatever was asked for
+        before(length)
         content = dict(url=url, total=total, version=version)
         note.write_text(json.dumps(content))
         with partial.open('ab' if have else 'wb') as file:
-            if progress:
-                progress(have, total)
+            progress(have, total)
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 have += len(chunk)
-                if progress:
-                    progress(have, total)
+                progress(have, total)
     if have < total:
         raise ConnectionError(f'the connection broke after {have} bytes')
-    return total
 
 
 def _headers(have: int, known: dict) -> dict[str, str]:
@@ -242,18 +224,10 @@ def _headers(have: int, known: dict) -> dict[str, str]:
     if have:
         headers['Range'] = f'bytes={have}-'
         version = known.get('version', {})
-        etag = version.get('etag', '')
-        if etag and not etag.startswith('W/'):
-            headers['If-Range'] = etag
-        elif version.get('modified'):
-            headers['If-Range'] = version['modified']
+        etag = version.get('ETag', 'W/')
+        unchanged = version.get('Last-Modified')
+        if not etag.startswith('W/'):
+            unchanged = etag
+        if unchanged:
+            headers['If-Range'] = unchanged
     return headers
-
-
-def _content_range(headers: Mapping[str, str]) -> tuple[int, int]:
-    found = re.fullmatch(
-        r'bytes (\d+)-\d+/(\d+|\*)', headers.get('Content-Range', '')
-    )
-    if not found or found[2] == '*':
-        raise _ChangedError
-    return int(found[1]), int(found[2])

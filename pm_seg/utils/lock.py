@@ -1,13 +1,18 @@
-"""One training run in a work directory at a time."""
+"""One training run in a work directory at a time.
+
+Not by ``filelock``: its ``flock`` is shared with the processes that load
+images, which outlive a killed run, and it empties the file that says whose
+lock it is.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 try:
@@ -46,7 +51,14 @@ def work_dir_lock(folder: str | Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise WorkDirInUseError(_in_use(folder, _owner(file))) from None
+            file.seek(0)
+            raise WorkDirInUseError(
+                f'{folder} is in use by {file.read() or "another process"}. '
+                'Two runs in one work directory would overwrite and delete '
+                "each other's checkpoints: wait for that one, stop it (kill "
+                '-INT saves a checkpoint first), or give this one a folder '
+                'of its own with --work-dir'
+            ) from None
         except OSError as error:
             print(
                 f'{folder} is on a file system without locks ({error}): '
@@ -54,33 +66,20 @@ def work_dir_lock(folder: str | Path) -> Iterator[None]:
                 file=sys.stderr,
             )
         else:
-            left = _owner(file)
-            if left:
+            file.seek(0)
+            if left := file.read():
                 print(
                     f'Taking over {folder} from {left}, which ended before '
                     'its run did',
                     file=sys.stderr,
                 )
         file.truncate(0)
-        since = time.strftime('%Y-%m-%d %H:%M:%S')
-        host = socket.gethostname()
-        file.write(f'process {os.getpid()} on {host}, since {since}')
+        file.write(
+            f'process {os.getpid()} on {socket.gethostname()}, since '
+            f'{datetime.now():%Y-%m-%d %H:%M:%S}'
+        )
         file.flush()
         try:
             yield
         finally:
             file.truncate(0)
-
-
-def _owner(file) -> str:
-    file.seek(0)
-    return file.read().strip()
-
-
-def _in_use(folder: Path, owner: str) -> str:
-    return (
-        f'{folder} is in use by {owner or "another process"}. Two runs in one '
-        "work directory would overwrite and delete each other's checkpoints: "
-        'wait for that one, stop it (kill -INT saves a checkpoint first), or '
-        'give this one a folder of its own with --work-dir'
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -113,27 +112,14 @@ class ProgressReporter:
         part = done * self.num_lines // max(self.total, 1)
         if part > self._printed:
             self._printed = part
-            counts = f'{done}/{self.total}'
+            counts = f'{self.title}: {done}/{self.total}'
             if self.size:
-                counts = f'{done / 1e6:.0f}/{self.total / 1e6:.0f} MB'
-            left = self._left(done, self.total)
-            self.console.print(
-                ', '.join(
-                    text
-                    for text in (f'{self.title}: {counts}', left, note)
-                    if text
-                ),
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+                counts = f'{self.title}: {done / 1e6:.0f}/'
+                counts += f'{self.total / 1e6:.0f} MB'
+            texts = counts, self._left(done, self.total), note
+            self.console.out(', '.join(filter(None, texts)), highlight=False)
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

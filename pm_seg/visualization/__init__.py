@@ -5,7 +5,6 @@ from .figures import (
     panel_figure,
     ranking_figure,
     save_figure,
-    save_panels,
     to_array,
     to_svg,
 )
@@ -36,7 +35,6 @@ __all__ = [
     'prediction_panels',
     'ranking_figure',
     'save_figure',
-    'save_panels',
     'score_panels',
     'to_array',
     'to_svg',

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -22,38 +23,11 @@ _FONT = 11
 _NARROW, _WIDE, _GAP, _HEAD = 280, 360, 8, 32
 
 
-def save_panels(
-    path: str | Path,
-    rows: Sequence[Sequence[np.ndarray]],
-    titles: Sequence[str],
-) -> None:
-    """Write a grid of RGB images with column titles as a PNG.
-
-    Args:
-        path (str | Path): File to write.
-        rows (Sequence): Images (H, W, 3) of each row, one for each title.
-        titles (Sequence[str]): Column titles.
-    """
-    heights = [row[0].shape[0] / row[0].shape[1] for row in rows]
-    width = 2.6
-    figure = Figure(
-        figsize=(width * len(titles), width * sum(heights) + 0.4), dpi=110
-    )
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure that can be drawn without a display; in inches."""
+    figure = Figure(figsize=(width, height), dpi=_DPI)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(
-        len(rows),
-        len(titles),
-        squeeze=False,
-        gridspec_kw={'height_ratios': heights},
-    )
-    for line, images in zip(axes, rows):
-        for axis, image in zip(line, images):
-            axis.imshow(image)
-            axis.set_axis_off()
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path)
+    return figure
 
 
 def panel_figure(
@@ -76,29 +50,33 @@ def panel_figure(
         Figure: To be passed to :func:`save_figure` or :func:`to_array`.
     """
     columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
     # Pixel by pixel: a figure that is scaled loses the outlines of tokens.
     wide = panels[0].image.shape[1]
     wide = min(max(wide, _NARROW), _WIDE)
     images = [_resized(panel.image, wide) for panel in panels]
-    tall = max(image.shape[0] for image in images)
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    tall = [_HEAD + max(map(len, row)) for row in rows]
     width = columns * (wide + _GAP) + _GAP
     per_line = lines = 0
     if legend:
         per_line = max(width // (10 * max(map(len, legend)) + 50), 1)
         lines = -(-len(legend) // per_line)
     foot = 26 * lines + 44 * score_bar + 6
-    height = rows * (tall + _HEAD) + foot
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
-    FigureCanvasAgg(figure)
+    height = sum(tall) + foot
+    figure = _figure(width / _DPI, height / _DPI)
+
+    def axes_at(left: float, bottom: float, wide: int, tall: int) -> Axes:
+        place = left / width, bottom / height, wide / width, tall / height
+        axis = figure.add_axes(place)
+        axis.set_axis_off()
+        return axis
+
     for number, (panel, image) in enumerate(zip(panels, images)):
         row, column = divmod(number, columns)
         left = _GAP + column * (wide + _GAP)
-        bottom = height - (row + 1) * (tall + _HEAD) + tall - image.shape[0]
-        place = left, bottom, wide, image.shape[0]
-        axis = figure.add_axes(_fractions(place, width, height))
+        bottom = height - sum(tall[:row]) - _HEAD - len(image)
+        axis = axes_at(left, bottom, wide, len(image))
         axis.imshow(image, interpolation='nearest', aspect='auto')
-        axis.set_axis_off()
         axis.set_title(panel.title, fontsize=_FONT, pad=4)
     if legend:
         figure.legend(
@@ -115,23 +93,11 @@ def panel_figure(
             columnspacing=1.4,
         )
     if score_bar:
-        place = width / 2 - 110, 18, 140, 12
-        axis = figure.add_axes(_fractions(place, width, height))
+        axis = axes_at(width / 2 - 110, 18, 140, 12)
         axis.imshow(np.linspace(0, 1, 256)[None], SCORE_COLOURS, aspect='auto')
-        axis.set_axis_off()
-        for x, side, text in (
-            (-0.04, 'right', '0'),
-            (1.04, 'left', '99th percentile'),
-        ):
-            axis.text(
-                x,
-                0.5,
-                text,
-                ha=side,
-                va='center',
-                transform=axis.transAxes,
-                fontsize=_FONT,
-            )
+        style = dict(va='center', transform=axis.transAxes, fontsize=_FONT)
+        axis.text(-0.04, 0.5, '0', ha='right', **style)
+        axis.text(1.04, 0.5, '99th percentile', ha='left', **style)
     return figure
 
 
@@ -143,14 +109,6 @@ def _resized(image: np.ndarray, width: int) -> np.ndarray:
     shrinks = width < image.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
     return cv2.resize(image, size, interpolation=method)
-
-
-def _fractions(
-    place: tuple[float, float, float, float], width: int, height: int
-) -> tuple[float, float, float, float]:
-    """Left, bottom, width and height in pixels as parts of a figure."""
-    left, bottom, wide, tall = place
-    return left / width, bottom / height, wide / width, tall / height
 
 
 def depth_figure(
@@ -165,21 +123,14 @@ def depth_figure(
         label (str): Of the vertical axis.
         full (float, optional): Upper limit, drawn as the dense model's line.
     """
-    figure = Figure(figsize=(4.6, 2.9), dpi=_DPI)
-    FigureCanvasAgg(figure)
+    figure = _figure(4.6, 2.9)
     axis = figure.subplots()
     if full is not None:
         axis.axhline(full, color='0.45', linestyle=':', linewidth=1.5)
         axis.annotate(
-            'dense',
-            (1, full),
-            (-4, -4),
-            xycoords=('axes fraction', 'data'),
-            textcoords='offset points',
-            ha='right',
-            va='top',
-            color='0.3',
-        )
+            'dense', (1, full), (-4, -4), color='0.3', ha='right', va='top',
+            xycoords=('axes fraction', 'data'), textcoords='offset points',
+        )  # fmt: skip
     for number, (name, values) in enumerate(series.items()):
         axis.plot(
             range(len(values)),
@@ -190,8 +141,7 @@ def depth_figure(
             linestyle=('-', '--', '-.')[number % 3],
             label=name,
         )
-    axis.set_xlabel('layer')
-    axis.set_ylabel(label)
+    axis.set(xlabel='layer', ylabel=label)
     axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.spines[['top', 'right']].set_visible(False)
@@ -213,39 +163,28 @@ def ranking_figure(
         ranking (Sequence): Class, probability by the dense and by the
             compressed model; the first on top.
     """
-    figure = Figure(figsize=(9.0, 3.4), dpi=_DPI)
-    FigureCanvasAgg(figure)
+    figure = _figure(9.0, 3.4)
     shown = figure.add_axes((0.01, 0.02, 0.33, 0.96))
     shown.imshow(image)
     shown.set_axis_off()
     names = [textwrap.shorten(name, 28) for name, _, _ in ranking]
-    longest = max(map(len, names))
-    left = 0.37 + 0.0088 * longest
+    left = 0.37 + 0.0088 * max(map(len, names))
     axis = figure.add_axes((left, 0.15, 0.95 - left, 0.72))
     where = np.arange(len(names))
     for number, name in enumerate(('dense', 'compressed')):
-        values = [100 * row[1 + number] for row in ranking]
         bars = axis.barh(
             where + (number - 0.5) * 0.4,
-            values,
+            [100 * row[1 + number] for row in ranking],
             0.36,
             color=CYCLE[number],
             label=name,
         )
         axis.bar_label(bars, fmt='%.1f', padding=2, fontsize=_FONT - 2)
     axis.set_yticks(where, names, fontsize=_FONT)
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xlim(0, 112)
-    axis.set_xticks(range(0, 101, 25))
-    axis.set_xlabel('probability, %')
+    axis.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 112))
+    axis.set(xticks=range(0, 101, 25), xlabel='probability, %')
     axis.spines[['top', 'right']].set_visible(False)
-    figure.legend(
-        *axis.get_legend_handles_labels(),
-        frameon=False,
-        loc='upper right',
-        ncols=2,
-        fontsize=_FONT,
-    )
+    figure.legend(frameon=False, loc='upper right', ncols=2, fontsize=_FONT)
     return figure
 
 
@@ -263,8 +202,6 @@ def to_array(figure: Figure) -> np.ndarray:
 
 def to_svg(figure: Figure) -> str:
     """A figure as SVG; text becomes outlines, the same in every browser."""
-    out = io.StringIO()
-    figure.savefig(
-        out, format='svg', facecolor='white', metadata={'Date': None}
-    )
+    out, meta = io.StringIO(), {'Date': None}
+    figure.savefig(out, format='svg', facecolor='white', metadata=meta)
     return out.getvalue()

@@ -35,8 +35,7 @@ class Panel(NamedTuple):
 
 def rgb(colour: str) -> tuple[int, int, int]:
     """'#E69F00' as numbers."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return red, green, blue
+    return tuple(bytes.fromhex(colour[1:]))
 
 
 def draw_groups(image: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -94,25 +93,25 @@ def group_panels(
     """
     panels = []
     height, width = image.shape[:2]
-    for name, layers in groups.items():
-        for index, group in enumerate(layers):
-            live = group[group >= 0]
-            count, total = len(np.unique(live)), group.size
-            title = f'{name} {index}: '
-            title += 'dense' if count == total else f'{count} of {total}'
-            if live.size < total:
-                title += f', {total - live.size} pruned'
-            rows, columns = group.shape
-            below = max(rows * patch - height, 0)
-            right = max(columns * patch - width, 0)
-            drawn = np.pad(image, ((0, below), (0, right), (0, 0)), 'edge')
-            cell = _cell(columns)
-            size = (columns * cell, rows * cell)
-            drawn = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
-            if count < total:
-                drawn = draw_groups(drawn, group)
-            shown = height * cell // patch, width * cell // patch
-            panels.append(Panel(title, drawn[: shown[0], : shown[1]]))
+    named = [(name, *x) for name in groups for x in enumerate(groups[name])]
+    for name, index, group in named:
+        live = group[group >= 0]
+        count, total = len(np.unique(live)), group.size
+        title = f'{name} {index}: '
+        title += 'dense' if count == total else f'{count} of {total}'
+        if live.size < total:
+            title += f', {total - live.size} pruned'
+        rows, columns = group.shape
+        below = max(rows * patch - height, 0)
+        right = max(columns * patch - width, 0)
+        drawn = np.pad(image, ((0, below), (0, right), (0, 0)), 'edge')
+        cell = _cell(columns)
+        size = (columns * cell, rows * cell)
+        drawn = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
+        if count < total:
+            drawn = draw_groups(drawn, group)
+        shown = drawn[: height * cell // patch, : width * cell // patch]
+        panels.append(Panel(title, shown))
     return panels
 
 
@@ -206,14 +205,15 @@ def prediction_panels(
         palette (Sequence): RGB colour of each class.
         truth (np.ndarray, optional): The annotation, (H, W).
     """
+    maps = {'annotation': truth, 'dense': dense, 'compressed': compressed}
     share = (dense != compressed).mean()
-    panels = [Panel('image', image)]
-    if truth is not None:
-        panels.append(Panel('annotation', paint_labels(truth, palette)))
     return [
-        *panels,
-        Panel('dense', paint_labels(dense, palette)),
-        Panel('compressed', paint_labels(compressed, palette)),
+        Panel('image', image),
+        *(
+            Panel(title, paint_labels(labels, palette))
+            for title, labels in maps.items()
+            if labels is not None
+        ),
         Panel(
             f'difference: {share:.1%} of the pixels',
             draw_difference(image, dense, compressed, truth),

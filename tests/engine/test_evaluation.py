@@ -12,8 +12,8 @@ from tiny import batch, build
 
 from pm_seg.engine import Measuring, compress
 from pm_seg.engine.evaluation import compare_macs, compare_speed, evaluate
-from pm_seg.engine.report import module_reports
 from pm_seg.engine.scoring import uncompressed
+from pm_seg.visualization.layers import module_reports
 
 
 @pytest.mark.parametrize('kind', ['pm', 'paper', 'tome', 'algm'])

@@ -65,20 +65,12 @@ class RunGuardHook(Hook):
         """Raise ``ValueError`` if labels are why an iteration failed."""
         check_labels(runner.model, self._batch)
 
-    def before_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None
-    ) -> None:
-        self._check_without_stop(runner, data_batch)
-
     def before_test_epoch(self, runner: Runner) -> None:
         require_images(runner.test_dataloader.dataset)
 
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch=None
     ) -> None:
-        self._check_without_stop(runner, data_batch)
-
-    def _check_without_stop(self, runner: Runner, data_batch) -> None:
         if self._warned:
             return
         try:
@@ -86,6 +78,8 @@ class RunGuardHook(Hook):
         except ValueError as error:
             self._warned = True
             warnings.warn(f'{error}. Metrics leave it out', stacklevel=2)
+
+    before_val_iter = before_test_iter
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None

@@ -131,35 +131,27 @@ class InterruptHook(Hook):
         """
         self.release()
         name = signal.Signals(self.requested).name
-        done, code = self._done, 128 + self.requested
+        saved, where = ' and saved', ''
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            advice = how_to_go_on(runner.work_dir)
-            raise RunStoppedError(
-                f'{name}: stopped after iteration {done}, inside an epoch. '
-                f'{advice}',
-                code,
-            )
-        self._save(runner, done)
+            saved, where = '', ', inside an epoch'
+        else:
+            self._save(runner, self._done)
         raise RunStoppedError(
-            f'{name}: stopped and saved after iteration {done}. '
+            f'{name}: stopped{saved} after iteration {self._done}{where}. '
             f'{how_to_go_on(runner.work_dir)}',
-            code,
+            128 + self.requested,
         )
 
     @staticmethod
     def _save(runner: Runner, done: int) -> None:
+        meta = dict(epoch=runner.epoch, iter=done)
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook):
                 kept = getattr(hook, 'keep_ckpt_ids', ())
                 last = hook.last_ckpt or ''
-                if done in kept or last.endswith(f'iter_{done}.pth'):
-                    return
-                meta = dict(epoch=runner.epoch, iter=done)
-                hook._save_checkpoint_with_step(runner, done, meta)
+                if done not in kept and not last.endswith(f'iter_{done}.pth'):
+                    hook._save_checkpoint_with_step(runner, done, meta)
                 return
         runner.save_checkpoint(
-            runner.work_dir,
-            f'iter_{done}.pth',
-            meta=dict(epoch=runner.epoch, iter=done),
-            by_epoch=False,
+            runner.work_dir, f'iter_{done}.pth', meta=meta, by_epoch=False
         )

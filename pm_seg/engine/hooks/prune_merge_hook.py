@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from ...models.distillation import DistillationMixin
 from ...registry import register
 from ...utils.progress import TimeLeft
+from ...visualization.layers import describe
 from ..compression import Measuring, calibration_loader, compress
-from ..report import describe
 from ..scoring import require_compressible, uncompressed
 from ..targets import check_target
 

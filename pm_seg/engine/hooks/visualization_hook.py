@@ -13,7 +13,8 @@ from mmengine.runner import Runner
 
 from ...registry import register
 from ...visualization import to_array
-from ..inspection import dataset_meta, inspect, structure_figures
+from ...visualization.inspection import dataset_meta, inspect
+from ...visualization.layers import structure_figures
 from ..scoring import compressible_modules
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +20,20 @@ from mmengine.utils import to_2tuple
 from torch import Tensor
 
 from ..core import GroupRecorder
-from ..visualization import (
-    CHANGED,
-    JUDGED,
-    Panel,
-    depth_figure,
-    group_panels,
-    make_palette,
-    panel_figure,
-    prediction_panels,
-    ranking_figure,
-    score_panels,
-)
-from .report import module_reports
-from .scoring import (
+from ..engine.scoring import (
     compressible_modules,
     evaluating,
     require_compressible,
     uncompressed,
+)
+from .figures import panel_figure, ranking_figure
+from .panels import (
+    CHANGED,
+    JUDGED,
+    Panel,
+    group_panels,
+    make_palette,
+    prediction_panels,
 )
 
 TOP = 5
@@ -84,21 +80,31 @@ class Inspection:
         """Segmentations beside each other, see :func:`prediction_panels`."""
         if self.classifies:
             return [Panel('image', self.image)]
-        palette = _palette(meta, int(max(self.dense.max(), 0)) + 1)
         return prediction_panels(
-            self.original, self.dense, self.compressed, palette, self.truth
+            self.original,
+            self.dense,
+            self.compressed,
+            self._palette(meta),
+            self.truth,
         )
+
+    def _palette(self, meta: dict) -> list[Sequence[int]]:
+        """Colours of all classes, our own where the dataset has too few."""
+        least = int(max(self.dense.max(), self.compressed.max())) + 1
+        palette = list(meta.get('palette') or ())
+        if len(palette) >= least:
+            return palette
+        return make_palette(max(least, len(meta.get('classes') or ())))
 
     def legend(self, meta: dict) -> dict[str, tuple[float, ...]]:
         """Colours of the largest classes."""
         if self.classifies:
             return {}
-        maps = [self.dense, self.compressed]
-        known = max(int(m.max()) + 1 for m in maps)
-        palette = _palette(meta, known)
-        if self.truth is not None:
-            maps.append(self.truth)
-        values, counts = np.unique(np.stack(maps), return_counts=True)
+        palette = self._palette(meta)
+        maps = [self.dense, self.compressed, self.truth]
+        values, counts = np.unique(
+            np.stack([m for m in maps if m is not None]), return_counts=True
+        )
         largest = values[np.argsort(-counts)]
         largest = largest[largest < len(palette)][:_MAX_LEGEND]
         names = class_names(meta, len(palette))
@@ -121,9 +127,8 @@ class Inspection:
             list[tuple[str, float, float]]: Name, which says so if it is
             right, and both probabilities.
         """
-        best = set()
-        for scores in (self.dense, self.compressed):
-            best |= set(np.argsort(-scores)[:TOP].tolist())
+        both = np.stack([self.dense, self.compressed])
+        best = set(np.argsort(-both)[:, :TOP].ravel().tolist())
         names = class_names(meta, len(self.dense))
         right = set() if self.truth is None else set(self.truth.tolist())
         return [
@@ -162,10 +167,14 @@ def class_names(meta: dict, count: int) -> list[str]:
     return short + [f'class {i}' for i in range(len(short), count)]
 
 
-def _palette(meta: dict, least: int) -> list[Sequence[int]]:
-    palette = list(meta.get('palette') or ())
-    count = max(least, len(meta.get('classes') or ()))
-    return palette if len(palette) >= least else make_palette(count)
+def _datasets(cfg: Config, *loaders: str) -> Iterator[dict]:
+    """Datasets of loaders, inside wrappers that repeat or join them."""
+    for loader in loaders:
+        dataset = (cfg.get(f'{loader}_dataloader') or {}).get('dataset')
+        while dataset and dataset.get('dataset'):
+            dataset = dataset['dataset']
+        if dataset:
+            yield dataset
 
 
 def dataset_meta(cfg: Config, saved: dict | None = None) -> dict:
@@ -178,10 +187,7 @@ def dataset_meta(cfg: Config, saved: dict | None = None) -> dict:
     meta = (saved or {}).get('meta', {}).get('dataset_meta')
     if meta and meta.get('classes'):
         return meta
-    for loader in ('test', 'val', 'train'):
-        dataset = _innermost(cfg.get(f'{loader}_dataloader') or {})
-        if dataset is None:
-            continue
+    for dataset in _datasets(cfg, 'test', 'val', 'train'):
         cls = dataset.get('type')
         if isinstance(cls, str):
             with DATASETS.switch_scope_and_registry(None) as registry:
@@ -195,23 +201,14 @@ def dataset_meta(cfg: Config, saved: dict | None = None) -> dict:
     return {}
 
 
-def _innermost(loader: dict) -> dict | None:
-    """The dataset's config inside wrappers that repeat or join it."""
-    dataset = loader.get('dataset')
-    while dataset is not None and dataset.get('dataset'):
-        dataset = dataset['dataset']
-    return dataset
-
-
 def test_pipeline(cfg: Config) -> Compose:
     """The transforms of testing, for images without annotation.
 
     Raises:
         ValueError: If the config has no test data loader.
     """
-    for loader in ('test', 'val'):
-        dataset = _innermost(cfg.get(f'{loader}_dataloader') or {})
-        if dataset is not None and dataset.get('pipeline'):
+    for dataset in _datasets(cfg, 'test', 'val'):
+        if dataset.get('pipeline'):
             steps = copy.deepcopy(dataset['pipeline'])
             return Compose(
                 [s for s in steps if s['type'] != 'LoadAnnotations']
@@ -282,11 +279,8 @@ def inspect(
         name=Path(path or 'image').stem,
         image=seen[crop],
         groups={
-            name: [
-                group[0].view(recorder.grid).numpy()
-                for group in recorder.groups
-            ]
-            for name, recorder in recorders.items()
+            name: [group[0].view(x.grid).numpy() for group in x.groups]
+            for name, x in recorders.items()
         },
         patch=to_2tuple(getattr(model.backbone, 'patch_size', 16))[0],
         original=original,
@@ -324,31 +318,3 @@ def _pixels(inputs: Tensor, size: tuple[int, int]) -> np.ndarray:
         image = ((image - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
     below, right = (max(a - b, 0) for a, b in zip(size, image.shape))
     return np.pad(image, ((0, below), (0, right), (0, 0)))
-
-
-def module_scores(model: BaseModel) -> dict[str, np.ndarray]:
-    """Scores (layers, h, w) of the modules whose structure has any."""
-    return {
-        name or type(module).__name__: module.compressor.scores.cpu()
-        .view(-1, *module.compressor.shape.grid)
-        .numpy()
-        for name, module in compressible_modules(model).items()
-        if module.compressor.needs_scores and module.compressor.has_scores
-    }
-
-
-def structure_figures(model: BaseModel) -> dict[str, Figure]:
-    """What does not depend on the image: 'tokens', and 'scores' if any.
-
-    Args:
-        model (BaseModel): With a structure, not wrapped.
-    """
-    kept = {
-        name: [100 * x.kept / report.num_tokens for x in report.layers]
-        for name, report in module_reports(model).items()
-    }
-    figures = {'tokens': depth_figure(kept, 'patch tokens kept, %', 100)}
-    panels = score_panels(module_scores(model))
-    if panels:
-        figures['scores'] = panel_figure(panels, score_bar=True)
-    return figures

@@ -1,15 +1,19 @@
-"""What a compression leaves and costs, as data and as text."""
+"""What a compression leaves and costs, as data, text and figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from textwrap import wrap
 
+import numpy as np
+from matplotlib.figure import Figure
 from torch import nn
 
 from ..core import LayerLoad
 from ..core.merging import Grid
-from .scoring import compressible_modules
+from ..engine.scoring import compressible_modules
+from .figures import depth_figure, panel_figure
+from .panels import score_panels
 
 
 @dataclass(frozen=True)
@@ -31,19 +35,24 @@ class ModuleReport:
     layer_macs: float
 
     @property
+    def splits(self) -> bool:
+        """Whether attention and MLP of a layer see different numbers."""
+        return any(x.attended != x.kept for x in self.layers)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a layer leaves tokens out."""
+        return any(x.pruned for x in self.layers)
+
+    @property
     def macs(self) -> float:
         """Multiply-accumulates of all layers."""
         return sum(layer.macs for layer in self.layers)
 
     @property
-    def dense_macs(self) -> float:
-        """The same of the dense layers."""
-        return len(self.layers) * self.layer_macs
-
-    @property
     def share(self) -> float:
         """What is left of the dense layers' operations."""
-        return self.macs / self.dense_macs
+        return self.macs / (len(self.layers) * self.layer_macs)
 
 
 def module_reports(model: nn.Module) -> dict[str, ModuleReport]:
@@ -81,8 +90,7 @@ def describe(model: nn.Module) -> str:
 
 
 def _table(report: ModuleReport) -> list[str]:
-    between = any(x.attended != x.kept for x in report.layers)
-    pruned = any(x.pruned for x in report.layers)
+    between, pruned = report.splits, report.prunes
     head = '  layer  ' + 'attention  ' * between + 'tokens         '
     lines = [head + 'pruned  ' * pruned + ' GMACs  of dense']
     for index, layer in enumerate(report.layers):
@@ -95,3 +103,36 @@ def _table(report: ModuleReport) -> list[str]:
     blank = ' ' * (15 + 11 * between + 8 * pruned)
     macs = f'{report.macs / 1e9:6.3f}  {report.share:8.1%}'
     return [*lines, f'    all  {blank}{macs}']
+
+
+def module_scores(model: nn.Module) -> dict[str, np.ndarray]:
+    """Scores (layers, h, w) of the modules whose structure has any."""
+    return {
+        name or type(module).__name__: module.compressor.scores.cpu()
+        .view(-1, *module.compressor.shape.grid)
+        .numpy()
+        for name, module in compressible_modules(model).items()
+        if module.compressor.needs_scores and module.compressor.has_scores
+    }
+
+
+def tokens_figure(model: nn.Module) -> Figure:
+    """Patch tokens each layer works on, of a model with a structure."""
+    kept = {
+        name: [100 * x.kept / report.num_tokens for x in report.layers]
+        for name, report in module_reports(model).items()
+    }
+    return depth_figure(kept, 'patch tokens kept, %', 100)
+
+
+def structure_figures(model: nn.Module) -> dict[str, Figure]:
+    """What does not depend on the image: 'tokens', and 'scores' if any.
+
+    Args:
+        model (BaseModel): With a structure, not wrapped.
+    """
+    figures = {'tokens': tokens_figure(model)}
+    panels = score_panels(module_scores(model))
+    if panels:
+        figures['scores'] = panel_figure(panels, score_bar=True)
+    return figures

@@ -13,17 +13,17 @@ from mmseg.structures import SegDataSample
 from tiny import batch, build
 
 from pm_seg.engine import Measuring, compress
-from pm_seg.engine.inspection import (
+from pm_seg.visualization import JUDGED, to_array
+from pm_seg.visualization.inspection import (
     class_names,
     dataset_meta,
     inspect,
     require_structure,
-    structure_figures,
 )
-from pm_seg.engine.inspection import (
+from pm_seg.visualization.inspection import (
     test_pipeline as pipeline_of,
 )
-from pm_seg.visualization import JUDGED, to_array
+from pm_seg.visualization.layers import structure_figures
 
 
 def compressed(**options):

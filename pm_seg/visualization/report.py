@@ -1,0 +1,149 @@
+"""One HTML file on one compression: structure, costs, accuracy, pictures."""
+
+from __future__ import annotations
+
+import base64
+import platform
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from mmengine.model import BaseModel
+from mmengine.utils import to_2tuple
+
+from ..env import processor
+from ..stacks import installed_stacks
+from ..utils import median
+from ..utils.files import whole_files
+from ..version import __version__
+from .figures import to_svg
+from .inspection import Inspection
+from .layers import module_reports, module_scores, tokens_figure
+from .panels import BLUE, SCORE_COLOURS, score_panels
+
+
+def png_uri(image: np.ndarray) -> str:
+    """An RGB image, uint8, (H, W, 3), as the address of an ``<img>``."""
+    _, data = cv2.imencode('.png', np.ascontiguousarray(image[..., ::-1]))
+    return f'data:image/png;base64,{base64.b64encode(data).decode()}'
+
+
+def _svg_uri(figure: Figure) -> str:
+    data = base64.b64encode(to_svg(figure).encode()).decode()
+    return f'data:image/svg+xml;base64,{data}'
+
+
+_PAGES = Environment(
+    loader=PackageLoader('pm_seg', 'visualization'),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+_PAGES.filters.update(png=png_uri, svg=_svg_uri, hex=to_hex)
+
+
+@dataclass
+class CompressionReport:
+    """What :meth:`write` shows.
+
+    Attributes:
+        model (BaseModel): Compressed, not wrapped.
+        title (str): Shown on top.
+        facts (dict[str, str]): What was compressed, and how.
+        macs (dict[str, int]): Of the whole 'dense' and 'compressed' model.
+        seconds (dict[str, dict[str, list[float]]]): Times of one image,
+            'dense' and 'compressed', by device.
+        accuracy (dict[str, dict[str, float]]): Metrics of 'dense' and
+            'compressed'; empty if not evaluated.
+        inspections (list[Inspection]): Images to show.
+        meta (dict): ``classes`` and ``palette`` of the dataset.
+    """
+
+    model: BaseModel
+    title: str
+    facts: dict[str, str]
+    macs: dict[str, int]
+    seconds: dict[str, dict[str, list[float]]]
+    accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
+    inspections: list[Inspection] = field(default_factory=list)
+    meta: dict = field(default_factory=dict)
+
+    def write(self, path: str | Path) -> None:
+        """Write the page."""
+        with whole_files(Path(path)) as (partial,):
+            partial.write_text(self.to_html(), encoding='utf-8')
+
+    def to_html(self) -> str:
+        """The page: no script, no other file, nothing from the network."""
+        return _PAGES.get_template('report.html.jinja').render(
+            report=self,
+            blue=BLUE,
+            size='x'.join(map(str, to_2tuple(self.model.backbone.img_size))),
+            cards=self._cards(),
+            facts={**self.facts, 'versions': versions()},
+            tokens=tokens_figure(self.model),
+            modules=module_reports(self.model),
+            speeds=list(self._speeds()),
+            rounds=len(next(iter(self.seconds.values()))['dense']),
+            scores=score_panels(module_scores(self.model)),
+            scale=list(colormaps[SCORE_COLOURS]([0.0, 0.25, 0.5, 0.75, 1.0])),
+        )
+
+    def _cards(self) -> dict[str, tuple[str, str]]:
+        """A large figure and a line below it, by name."""
+        dense, compressed = self.macs['dense'], self.macs['compressed']
+        cards = {
+            'GMACs': (
+                f'{compressed / dense:.0%}',
+                f'{dense / 1e9:.2f} → {compressed / 1e9:.2f}',
+            )
+        }
+        for device, seconds in self.seconds.items():
+            before, after = (
+                1e3 * median(seconds[name]) for name in ('dense', 'compressed')
+            )
+            cards[f'speed, {device}'] = (
+                f'{before / after:.2f}x',
+                f'{before:.1f} → {after:.1f} ms',
+            )
+        for name, value in self.accuracy.get('dense', {}).items():
+            after = self.accuracy['compressed'][name]
+            cards[name] = (f'{after:.2f}', f'{value:.2f} dense')
+        return cards
+
+    def _speeds(self) -> Iterator[tuple[str, float, float, float]]:
+        """Name, milliseconds, half the quartiles' distance, and speed."""
+        for device, seconds in self.seconds.items():
+            for name, times in seconds.items():
+                low, _, high = statistics.quantiles(times, n=4)
+                middle = median(times)
+                yield (
+                    f'{device}, {name}',
+                    1e3 * middle,
+                    500 * (high - low),
+                    median(seconds['dense']) / middle,
+                )
+
+
+def versions() -> str:
+    """Versions of what has a say in the numbers."""
+    stacks = installed_stacks()
+    found = [f'pm_seg {__version__}', f'torch {torch.__version__}']
+    found += [f'{name} {number}' for name, number in stacks.versions.items()]
+    return ', '.join([*found, f'Python {platform.python_version()}'])
+
+
+def machine() -> str:
+    """The processor and how many threads torch uses of it."""
+    threads = torch.get_num_threads()
+    many = 's' if threads > 1 else ''
+    return f'CPU ({processor()}, {threads} thread{many})'
