@@ -9,7 +9,14 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from helpers import ROOT, SHARED, run_tool, shared_path
+from helpers import (
+    ROOT,
+    SHARED,
+    dense_checkpoint,
+    run_tool,
+    shared_path,
+    small_config,
+)
 
 from pm_seg.utils.checkpoints import read_checkpoint
 
@@ -278,6 +285,32 @@ def test_demo(tmp_path: Path) -> None:
     assert f'Report:   {tmp_path}/demo/report.html' in out.stdout
     assert (tmp_path / 'demo/report.html').stat().st_size > 100_000
     assert cv2.imread(str(tmp_path / 'demo/demo.png')) is not None
+
+
+def test_demo_of_ones_own_model(scenes: Path, tmp_path: Path) -> None:
+    """A config of mmseg's own classes, and its checkpoint."""
+    cfg = small_config(scenes, tmp_path / 'work')
+    cfg.model.backbone.num_layers = 4  # half is in reach
+    checkpoint = dense_checkpoint(cfg, tmp_path)
+    cfg.model.type = 'EncoderDecoder'
+    cfg.model.pop('teacher', None)
+    cfg.model.backbone.pop('compression')
+    cfg.model.backbone.update(type='VisionTransformer', patch_bias=True)
+    cfg.model.decode_head.type = 'SegmenterMaskTransformerHead'
+    cfg.custom_hooks = []
+    cfg.dump(tmp_path / 'mine.py')
+    arguments = [
+        ROOT / 'tools/demo.py', '--quick', '--work-dir', tmp_path / 'demo',
+        '--config', tmp_path / 'mine.py', '--checkpoint', checkpoint,
+    ]  # fmt: skip
+    out = run_tool(*arguments)
+    assert 'compressed, fine-tuned' in out.stdout
+    assert cv2.imread(str(tmp_path / 'demo/demo.png')) is not None
+    cfg.model.backbone.type = 'ResNet'
+    cfg.dump(tmp_path / 'mine.py')
+    out = run_tool(*arguments, check=False)
+    assert "backbone of type 'ResNet', expected" in out.stderr
+    assert 'Traceback' not in out.stderr
 
 
 @pytest.mark.slow
