@@ -159,21 +159,22 @@ def _read(path: Path) -> Any:
         with explained():
             return reader(path)
     except UnreadableError as error:
+        why, holds_code = error.args
         if isinstance(error.__cause__, ImportError):
             message = (
                 f'{path.name} needs the safetensors package to be read: pip '
                 'install safetensors'
             )
-        elif error.code:
+        elif holds_code:
             message = (
-                f'{path.name} is not a file of weights alone ({error}); files '
+                f'{path.name} is not a file of weights alone ({why}); files '
                 'that hold more than data are refused because loading them '
                 'can run code. If you trust it, save its weights alone: '
                 "torch.save(model.state_dict(), 'weights.pth')"
             )
         else:
             message = (
-                f'{path.name} cannot be read ({error}); it is truncated, '
+                f'{path.name} cannot be read ({why}); it is truncated, '
                 f'damaged or not a {path.suffix or "checkpoint"} file: '
                 'download or copy it again'
             )

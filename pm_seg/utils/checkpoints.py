@@ -128,17 +128,7 @@ def _check_archive(path: str | Path) -> None:
 
 
 class UnreadableError(Exception):
-    """A file that does not load.
-
-    Args:
-        reason (str): In one line.
-        code (bool): Whether it holds code, else it is damaged.
-    """
-
-    def __init__(self, reason: str, code: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.code = code
+    """A file that does not load: the reason, and whether it holds code."""
 
 
 @contextmanager
@@ -159,7 +149,8 @@ def explained() -> Iterator[None]:
         raise UnreadableError(reason, code) from error
     except Exception as error:  # damaged bytes raise about anything
         reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
-        raise UnreadableError(reason, 'allow_pickle' in reason) from error
+        code = 'allow_pickle' in reason
+        raise UnreadableError(reason, code) from error
 
 
 def read_whole(
@@ -208,9 +199,10 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
         else:
             content = read_whole(path, map_location)
     except UnreadableError as error:
-        if error.code:
+        why, holds_code = error.args
+        if holds_code:
             message = (
-                f'checkpoint {path} holds more than weights ({error}). It was '
+                f'checkpoint {path} holds more than weights ({why}). It was '
                 'not loaded, because loading it could run code. If you trust '
                 f'where it comes from, set the environment variable {TRUST}=1'
             )
@@ -219,7 +211,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
             if path.suffix.lower() in ('.npz', '.safetensors'):
                 remedy = 'use tools/convert_checkpoint.py'
             message = (
-                f'checkpoint {path} cannot be read ({error}; it has '
+                f'checkpoint {path} cannot be read ({why}; it has '
                 f'{path.stat().st_size} bytes): it is truncated, damaged or '
                 f'no .pth file; {remedy}'
             )

@@ -50,9 +50,14 @@ class ModuleReport:
         return sum(layer.macs for layer in self.layers)
 
     @property
+    def dense_macs(self) -> float:
+        """The same of the dense layers."""
+        return len(self.layers) * self.layer_macs
+
+    @property
     def share(self) -> float:
         """What is left of the dense layers' operations."""
-        return self.macs / (len(self.layers) * self.layer_macs)
+        return self.macs / self.dense_macs
 
 
 def module_reports(model: nn.Module) -> dict[str, ModuleReport]:
