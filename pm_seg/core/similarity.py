@@ -96,6 +96,8 @@ def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
     """The merge of some tokens into others; those stay in their order.
 
     Each operator is a kernel or more where nothing is compiled: few count.
+    Compiled or exported it does without scattering, which not every runtime
+    has.
 
     Args:
         rows (Tensor): See :func:`all_rows`, int64, (B, P+T).
@@ -103,6 +105,8 @@ def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
         goal (Tensor): Where to, some that stay, (B, R).
     """
     left = rows.shape[1] - moved.shape[1]
+    if torch.compiler.is_compiling():
+        return _merge_by_sorting(rows, moved, goal, left)
     flat, moved = rows.flatten(), moved.flatten()
     gone = flat.scatter(0, moved, flat.shape[0]).view_as(rows)
     kept = gone.sort(dim=1).values[:, :left].flatten()
@@ -111,3 +115,21 @@ def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
     into = place.index_select(0, goal.flatten())
     place = place.scatter(0, moved, into).view_as(rows)
     return Merge(kept=kept, moved=moved, into=into, rows=place)
+
+
+def _merge_by_sorting(
+    rows: Tensor, moved: Tensor, goal: Tensor, left: int
+) -> Merge:
+    """:func:`merge_into` without scattering; ``left`` is P+K."""
+    goes = rows.unsqueeze(2) == moved.unsqueeze(1)  # (B, P+T, R)
+    gone = goes.any(2)
+    order = torch.add(rows, gone, alpha=rows.numel()).argsort(dim=1)
+    place = order.argsort(dim=1) + rows[:, :1] // rows.shape[1] * left
+    into = place.flatten().index_select(0, goal.flatten())
+    target = goes * into.view_as(goal).unsqueeze(1)
+    return Merge(
+        kept=rows.gather(1, order[:, :left]).flatten(),
+        moved=moved.flatten(),
+        into=into,
+        rows=torch.where(gone, target.sum(2), place),
+    )
