@@ -179,10 +179,14 @@ def test_compiled_sums_are_those_of_the_eager_form(case: Case) -> None:
     summed = sum_rows(case.x, case.merge.place, case.merged)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, 'is_compiling', lambda: True)
+        sorted_merge = go_to(case.target, case.prefix)
         found = case.merge.merge(case.x, case.size)
         again = sum_rows(case.x, case.merge.place, case.merged)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(again, summed)
+    for field in ('kept', 'moved', 'into', 'rows'):
+        expected = getattr(case.merge, field)
+        assert torch.equal(getattr(sorted_merge, field), expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
