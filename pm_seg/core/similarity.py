@@ -115,7 +115,8 @@ def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
         return Merge(kept=kept, moved=moved, into=into, rows=place)
     # Each operator is a kernel or more: few count.
     flat, moved = rows.flatten(), moved.flatten()
-    gone = flat.scatter(0, moved, flat.shape[0]).view_as(rows)
+    last = torch.iinfo(torch.int64).max  # a shape would be traced
+    gone = flat.scatter(0, moved, last).view_as(rows)
     kept = gone.sort(dim=1).values[:, :left].flatten()
     place = flat.scatter(0, kept, after)
     into = place.index_select(0, goal.flatten())

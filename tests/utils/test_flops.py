@@ -35,7 +35,7 @@ def test_dense_model(batch: int) -> None:
 def test_merging_is_counted(batch: int) -> None:
     """Comparing pairs; each value that is kept, moved, added or restored.
 
-    Sizes are one channel more, and are compared once.
+    Sizes are one channel more.
     """
     model = build(dict(keep=0.7))
     expected, before = EMBED, TOKENS
@@ -45,7 +45,7 @@ def test_merging_is_counted(batch: int) -> None:
         assert merged <= before // 2
         if merged:
             expected += (before // 2) * -(-before // 2) * DIMS
-            expected += (1 + after + 3 * merged) * dims + 1 + after
+            expected += (1 + after + 3 * merged) * dims
             expected += (1 + before) * DIMS
         before = after
     assert before < TOKENS
