@@ -135,7 +135,8 @@ def compress(
         calibrated = [m.compressor for m in calibrated_modules(model).values()]
         known = all(compressor.has_importance for compressor in calibrated)
         same = known and keep is None and target is None
-        if measuring.calib_batches and dataloader is not None and not same:
+        images = dataloader is not None and measuring.calib_batches
+        if calibrated and images and not same:
             batches = take(
                 _fresh(dataloader, measuring.seed), measuring.calib_batches
             )

@@ -74,6 +74,12 @@ def test_data_says_how_to_merge() -> None:
     assert fresh.backbone.compressor.compressed
 
 
+def test_nothing_is_measured_for_peers() -> None:
+    model, seen = build(type='tome', keep=0.7), []
+    compress(model, BATCHES, keep=0.8, **recording(seen))
+    assert seen == [] and model.backbone.compressor.share <= 0.8
+
+
 def test_the_paper_measures_scores() -> None:
     model, seen = build(type='paper'), []
     assert needs_data(model)
