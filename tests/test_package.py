@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_tool
+from helpers import ROOT, dense_checkpoint, run_tool, small_config
+
+from pm_seg.version import __version__
 
 
 def test_core_needs_torch_alone(tmp_path: Path) -> None:
@@ -46,39 +48,67 @@ def test_import_registers_everything() -> None:
     assert not out.stdout
 
 
-def test_installed_copy_brings_its_configs(tmp_path: Path) -> None:
-    """pip install . into a folder, used from another one."""
-    source = tmp_path / 'source'
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(
-            '.venv*', '.git', 'work_dirs', 'data', 'checkpoints', 'build'
-        ),
-    )
-    site = tmp_path / 'site'
-    result = subprocess.run(
-        [
-            sys.executable, '-m', 'pip', 'install', '--no-deps', '--quiet',
-            '--no-build-isolation', '--target', str(site), str(source),
-        ],
-        capture_output=True,
-        text=True,
+@pytest.fixture(scope='module')
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as pip installs it from the source distribution."""
+    folder = tmp_path_factory.mktemp('package')
+    ignore = shutil.ignore_patterns(
+        '.venv*', '.git', 'work_dirs', 'data', 'checkpoints', 'build',
+        '*.egg-info', '__pycache__',
     )  # fmt: skip
-    if 'setuptools' in result.stderr and 'BackendUnavailable' in result.stderr:
-        pytest.skip('setuptools is not installed')
-    assert result.returncode == 0, result.stderr
+    shutil.copytree(ROOT, folder / 'source', ignore=ignore)
+    pip = [sys.executable, '-m', 'pip', '--quiet']
+    isolated = ['--no-deps', '--no-build-isolation']
+    sdist = 'from setuptools.build_meta import build_sdist as build'
+    for command in (
+        [sys.executable, '-c', f"{sdist}; build('../dist')"],
+        [*pip, 'wheel', *isolated, '-w', '../dist', 'SDIST'],
+        [*pip, 'install', '--no-deps', '--target', '../site', 'WHEEL'],
+    ):
+        found = {
+            'SDIST': next(folder.glob('dist/*.tar.gz'), None),
+            'WHEEL': next(folder.glob('dist/*.whl'), None),
+        }
+        command = [str(found.get(word, word)) for word in command]
+        result = subprocess.run(
+            command, cwd=folder / 'source', capture_output=True, text=True
+        )
+        if "No module named 'setuptools'" in result.stderr:
+            pytest.skip('setuptools is not installed')
+        assert result.returncode == 0, result.stderr
+    return folder / 'site'
+
+
+def test_installed_copy_brings_its_configs(site: Path, tmp_path: Path) -> None:
+    """From sdist to wheel to another folder than the checkout."""
     script = (
         f'import sys; sys.path.insert(0, {str(site)!r}); import pm_seg; '
         'from pm_seg.cli.common import resolve_config; '
-        'from pm_seg.visualization import report; '
-        "report._PAGES.get_template('report.html.jinja'); "
         "print(resolve_config('configs/segmenter_vit-s_pm_ade20k.py'))"
     )
     out = run_tool('-c', script, cwd=tmp_path)
     path = Path(out.stdout.strip().splitlines()[-1])
     assert path == (site / 'pm_seg/.mim/configs/segmenter_vit-s_pm_ade20k.py')
     assert (site / 'pm_seg/.mim/tools/train.py').is_file()
+    assert not (site / 'pm_seg/.mim/tools/lab').exists()
+
+
+def test_installed_copy_compresses(
+    site: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """Report and all, without a checkout."""
+    cfg = small_config(scenes, tmp_path / 'work')
+    cfg.dump(tmp_path / 'config.py')
+    dense = dense_checkpoint(cfg, tmp_path)
+    env = dict(PYTHONPATH=str(site))
+    out = run_tool('-m', 'pm_seg.env', cwd=tmp_path, env=env)
+    assert __version__ in out.stdout and str(site) in out.stdout
+    run_tool(
+        site / 'pm_seg/.mim/tools/compress.py', 'config.py', dense,
+        '--out', 'pm.pth', '--report', 'report.html', cwd=tmp_path, env=env,
+    )  # fmt: skip
+    assert (tmp_path / 'pm.pth').is_file()
+    assert (tmp_path / 'report.html').stat().st_size > 50_000
 
 
 def test_requirements_do_not_pull_a_stack_in() -> None:
