@@ -76,6 +76,16 @@ FAULTS = (
         '/ size.to(x.dtype)', '/ 1', MERGE,
     ),
     Fault(
+        'merging', "rotary tables of all layers are the first's",
+        'rows[:, layer * heads : (layer + 1) * heads]',
+        'rows[:, :heads]', ('test_extra',),
+    ),
+    Fault(
+        'merging', 'rotary tables of groups are not weighted',
+        'self._rows = merge.mean(self._rows, share)',
+        'self._rows = merge.mean(self._rows, share * 0)', ('test_extra',),
+    ),
+    Fault(
         'rows', 'images of a batch share rows',
         'index = index + start.unsqueeze(1)',
         'index = index + 0 * start.unsqueeze(1)', MERGE,
@@ -129,7 +139,8 @@ FAULTS = (
     ),
     Fault(
         'schedule', 'merge and restore cost nothing',
-        'macs += rows * dims', 'macs += 0', ('test_schedule',),
+        'macs += rows * (dims + shape.extra_dims)', 'macs += 0',
+        ('test_schedule',),
     ),
     Fault(
         'schedule', 'the power is ignored',
@@ -157,8 +168,8 @@ FAULTS = (
     ),
     Fault(
         'progressive', 'attention does not know sizes',
-        'chain.x = layer(chain.x, self._log_size(chain))',
-        'chain.x = layer(chain.x)', RUN,
+        'chain.x, self._log_size(chain), *chain.extra_of(index)',
+        'chain.x, None, *chain.extra_of(index)', RUN,
     ),
     Fault(
         'progressive', 'outputs on the way stay merged',
