@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pm_seg.core import Compressor, EncoderShape, LayerCost, make_compressor
+from pm_seg.core import (
+    Compressor,
+    EncoderShape,
+    LayerCost,
+    StaticCompressor,
+    make_compressor,
+)
 from pm_seg.core.merging import Grid
 
 #: As configs write it, for each kind there is.
@@ -16,6 +22,9 @@ KINDS = {
     'tome': dict(type='tome', keep=0.6),
     'algm': dict(type='algm', keep=0.7),
 }
+
+#: What :func:`paper_compressor` is for: 24 patches, their MLPs cost all.
+PAPER_SHAPE = EncoderShape(3, (4, 6), 1, 4, 2, LayerCost(0.0, 16.0, 0.0))
 
 
 class Block(nn.Module):
@@ -96,3 +105,19 @@ def make(
         scores = torch.rand(shape.depth, shape.num_tokens) + 0.01
         compressor.set_scores(scores)
     return make_layers(shape, seed), compressor
+
+
+def paper_compressor(
+    scores: bool = True, shape: EncoderShape = PAPER_SHAPE, **options
+) -> StaticCompressor:
+    """The paper's, with random scores unless it is to have none."""
+    torch.manual_seed(1)
+    out = StaticCompressor(shape, **{'keep_rate': 0.5, **options})
+    if scores:
+        out.set_scores(torch.rand(shape.depth, shape.num_tokens) + 0.01)
+    return out
+
+
+def kept(module: Compressor) -> list[int]:
+    """Patch tokens that the MLP of each layer works on."""
+    return [load.kept for load in module.loads()]

@@ -121,11 +121,16 @@ def patch_size(cfg: Config) -> tuple[int, int]:
     return to_2tuple(backbone.get('patch_size', 16))
 
 
+def image_size(cfg: Config) -> tuple[int, int]:
+    """Height and width that a config's model is built for."""
+    return tuple(to_2tuple(cfg.model.backbone.get('img_size', 224)))
+
+
 def patch_grid(
     cfg: Config, patch: tuple[int, int], size: Sequence[int] | None = None
 ) -> Grid:
     """Patch rows and columns, begun ones too; of the config's size if None."""
-    size = to_2tuple(size or cfg.model.backbone.get('img_size', 224))
+    size = to_2tuple(size or image_size(cfg))
     return -(-size[0] // patch[0]), -(-size[1] // patch[1])
 
 
@@ -184,7 +189,7 @@ def _reference(
     and derives those of another one when it runs.
     """
     measured = {k: v for k, v in state.items() if '.compressor.' in k}
-    native = to_2tuple(cfg.model.backbone.get('img_size', 224))
+    native = image_size(cfg)
     positional = any(k.endswith('.compressor.group') for k in measured)
     built = native if positional else size
     model = MODELS.build(_model_config(cfg, built, own))

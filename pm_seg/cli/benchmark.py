@@ -22,7 +22,7 @@ from ..utils import count_macs
 from ..utils.checkpoints import read_checkpoint
 from ..version import __version__
 from .bench_measure import DTYPES, MODES, device_name, measure
-from .bench_models import DENSE, METHODS, build_models
+from .bench_models import DENSE, METHODS, build_models, image_size
 from .bench_report import plot, table
 from .common import (
     add_common_arguments,
@@ -278,8 +278,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             console.print(kernel_table(rows[-4:]))
         _write(args.out, rows)
         return rows
-    native = cfg.model.backbone.get('img_size', 224)
-    size = tuple(to_2tuple(args.size or native))
+    size = tuple(to_2tuple(args.size or image_size(cfg)))
     models, missing = build_models(
         cfg, size, args.methods, args.keep, _state(args.checkpoint)
     )

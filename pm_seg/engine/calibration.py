@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 
 import torch
 from mmengine.dist import all_reduce, broadcast
@@ -14,11 +13,10 @@ from ..core import ImportanceFitter
 from ..models.compressible import CompressibleMixin
 from ..models.distillation import soft_target_loss
 from .scoring import (
-    backpropagate,
     calibrated_modules,
-    dense_losses,
     evaluating,
     uncompressed,
+    watch_gradients,
 )
 
 #: What is tried, one after the other, each time the best is kept. Importance
@@ -51,23 +49,17 @@ def fit_importance(
     """
     fitters: dict[str, ImportanceFitter] = {}
     modules = calibrated_modules(model)
-    with ExitStack() as stack:
-        stack.enter_context(dense_losses(model))
-        for name, module in modules.items():
-            shape = module.compressor.shape
-            fitters[name] = stack.enter_context(
-                ImportanceFitter(
-                    module.blocks,
-                    module.score_taps,
-                    shape.num_prefix,
-                    shape.dims,
-                )
-            )
-        backpropagate(
-            model,
-            batches,
-            progress and (lambda done: progress(done, len(batches))),
+    for name, module in modules.items():
+        shape = module.compressor.shape
+        fitters[name] = ImportanceFitter(
+            module.blocks, module.score_taps, shape.num_prefix, shape.dims
         )
+    watch_gradients(
+        model,
+        batches,
+        fitters.values(),
+        progress and (lambda done: progress(done, len(batches))),
+    )
     for name, fitter in fitters.items():
         for moments in (fitter.gram, fitter.cross):
             all_reduce(moments)

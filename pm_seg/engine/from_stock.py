@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from ..models.backbones import PMVisionTransformer
 from ..models.compressible import CompressibleMixin
 from ..models.timm_vit import SUPPORTED as TIMM
-from .scoring import evaluating
+from .scoring import evaluating, full_products
 
 _PRETRAIN = ('VisionTransformer', 'DistilledVisionTransformer')
 
@@ -173,7 +171,7 @@ def _check_same(stock: nn.Module, backbone: CompressibleMixin) -> None:
     images = torch.randn(1, weight.shape[1], *size, generator=generator)
     backbone.to(weight)
     images = images.to(weight)
-    with evaluating(stock), evaluating(backbone), _full_products():
+    with evaluating(stock), evaluating(backbone), full_products():
         expected = _flat(stock(images))
         with backbone.compressor.disabled():
             got = _flat(backbone(images))
@@ -186,17 +184,6 @@ def _check_same(stock: nn.Module, backbone: CompressibleMixin) -> None:
             'largest output: it has options that are not carried over; '
             'change the type in its config instead'
         )
-
-
-@contextmanager
-def _full_products() -> Iterator[None]:
-    """No TF32 inside: equal models would differ by more."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _flat(outputs: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 
 import numpy as np
@@ -82,6 +82,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def full_products() -> Iterator[None]:
+    """No TF32 inside: equal models would differ by more."""
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
     """Seed all generators inside the block and put them back after it."""
     python, array = random.getstate(), np.random.get_state()
@@ -140,22 +154,27 @@ def dense_losses(model: BaseModel) -> Iterator[None]:
         yield
 
 
-def backpropagate(
+def watch_gradients(
     model: BaseModel,
     batches: Iterable[dict],
+    watchers: Iterable[AbstractContextManager],
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Back-propagate the loss of each batch, for what watches the values."""
-    if progress:
-        progress(0)
-    for done, data in enumerate(batches, 1):
-        check_labels(model, data)
-        data = model.data_preprocessor(data, training=True)
-        with torch.enable_grad():
-            losses = model(**data, mode='loss')
-            model.parse_losses(losses)[0].backward()
+    """Back-propagate the dense loss of each batch while others watch."""
+    with ExitStack() as stack:
+        stack.enter_context(dense_losses(model))
+        for watcher in watchers:
+            stack.enter_context(watcher)
         if progress:
-            progress(done)
+            progress(0)
+        for done, data in enumerate(batches, 1):
+            check_labels(model, data)
+            data = model.data_preprocessor(data, training=True)
+            with torch.enable_grad():
+                losses = model(**data, mode='loss')
+                model.parse_losses(losses)[0].backward()
+            if progress:
+                progress(done)
 
 
 def gather_scores(
@@ -190,19 +209,14 @@ def gather_scores(
     """
     require_compressible(model)
     recorders: dict[str, ScoreRecorder] = {}
-    with ExitStack() as stack:
-        stack.enter_context(dense_losses(model))
-        for name, module in scored_modules(model).items():
-            shape = module.compressor.shape
-            recorders[name] = stack.enter_context(
-                ScoreRecorder(
-                    module.score_taps,
-                    shape.num_tokens,
-                    shape.num_prefix,
-                    reduction,
-                )
-            )
-        backpropagate(model, take(batches, num_batches), progress)
+    for name, module in scored_modules(model).items():
+        shape = module.compressor.shape
+        recorders[name] = ScoreRecorder(
+            module.score_taps, shape.num_tokens, shape.num_prefix, reduction
+        )
+    watch_gradients(
+        model, take(batches, num_batches), recorders.values(), progress
+    )
     for recorder in recorders.values():
         _reduce(recorder)
     return {name: recorder.scores() for name, recorder in recorders.items()}

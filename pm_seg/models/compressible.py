@@ -28,6 +28,28 @@ def check_patches(size: Sequence[int], patch: Sequence[int]) -> None:
         )
 
 
+def check_out_indices(
+    out_indices: int | Sequence[int], depth: int
+) -> list[int]:
+    """Layers by their numbers, of which negative ones count from the end.
+
+    Args:
+        out_indices (int | Sequence[int]): One or several of them.
+        depth (int): Layers there are.
+
+    Raises:
+        ValueError: If there is no such layer.
+    """
+    given = [out_indices] if isinstance(out_indices, int) else out_indices
+    chosen = [i + depth if i < 0 else i for i in given]
+    if not all(0 <= i < depth for i in chosen):
+        raise ValueError(
+            f'out_indices={out_indices} must lie in {-depth}..{depth - 1}, '
+            'the layers of this model'
+        )
+    return chosen
+
+
 def check_arguments(owner: object, stock: type, given: Iterable[str]) -> None:
     """Raise ``ValueError`` unless a stock backbone has all these arguments.
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from ..core import CLASSIFICATION, Outputs
+from ..core.compressor import check_option
 from ..core.merging import Grid
 from .timm_layers import TimmLayers
 
@@ -110,10 +111,7 @@ class CompressedMixin:
         """As timm's; ``stop_early`` makes no difference."""
         from timm.models._features import feature_take_indices
 
-        if output_fmt not in ('NCHW', 'NLC'):
-            raise ValueError(
-                f"output_fmt={output_fmt!r} must be one of ('NCHW', 'NLC')"
-            )
+        check_option('output_fmt', output_fmt, ('NCHW', 'NLC'))
         taken, _ = feature_take_indices(len(self.blocks), indices)
         found, grid = self._run(x, taken, attn_mask, is_causal)
         outs = [found.layers[index] for index in sorted(found.layers)]

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toy import PAPER_SHAPE, kept
+from toy import paper_compressor as compressor
 
 from pm_seg.core import EncoderShape, LayerCost, StaticCompressor
 
-GRID = (4, 6)
-SHAPE = EncoderShape(3, GRID, 1, 4, 2, LayerCost(0.0, 16.0, 0.0))
-
-
-def compressor(
-    scores: bool = True, shape: EncoderShape = SHAPE, **options
-) -> StaticCompressor:
-    torch.manual_seed(1)
-    out = StaticCompressor(shape, **{'keep_rate': 0.5, **options})
-    if scores:
-        out.set_scores(torch.rand(shape.depth, shape.num_tokens) + 0.01)
-    return out
-
-
-def kept(module: StaticCompressor) -> list[int]:
-    return [load.kept for load in module.loads()]
+GRID = PAPER_SHAPE.grid
 
 
 def test_needs_a_structure() -> None:
@@ -161,7 +148,7 @@ def test_weights_do_not_depend_on_the_scale_of_scores() -> None:
 
 def test_it_can_be_built_without_memory() -> None:
     with torch.device('meta'):
-        module = StaticCompressor(SHAPE)
+        module = StaticCompressor(PAPER_SHAPE)
     assert not module.has_structure
     module.to_empty(device='cpu')
     module.load_state_dict(compressor().state_dict())

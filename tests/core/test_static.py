@@ -7,26 +7,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from toy import PAPER_SHAPE, kept
+from toy import paper_compressor as compressor
 
-from pm_seg.core import EncoderShape, LayerCost, StaticCompressor
+from pm_seg.core import StaticCompressor
 from pm_seg.utils import count_macs
 
-GRID = (4, 6)
-SHAPE = EncoderShape(3, GRID, 1, 4, 2, LayerCost(0.0, 16.0, 0.0))
-
-
-def compressor(
-    scores: bool = True, shape: EncoderShape = SHAPE, **options
-) -> StaticCompressor:
-    torch.manual_seed(1)
-    out = StaticCompressor(shape, **{'keep_rate': 0.5, **options})
-    if scores:
-        out.set_scores(torch.rand(shape.depth, shape.num_tokens) + 0.01)
-    return out
-
-
-def kept(module: StaticCompressor) -> list[int]:
-    return [load.kept for load in module.loads()]
+GRID = PAPER_SHAPE.grid
 
 
 def run(module: StaticCompressor, x: torch.Tensor, grid=GRID) -> torch.Tensor:

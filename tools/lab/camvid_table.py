@@ -182,15 +182,22 @@ def config_options(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
         f'default_hooks.checkpoint.interval={iters}',
         'default_hooks.checkpoint.save_best=None',
     ]
-    for split in ('train', *SPLITS):
-        loader = f'{split}_dataloader'
-        options.append(f'{loader}.num_workers={args.workers}')
-        options.append(f'{loader}.persistent_workers={args.workers > 0}')
+    options += loader_options(args.workers)
     hooks = 2 if row.compress else 1
     options += [f'custom_hooks.{n}.seed={seed}' for n in range(hooks)]
     if row.compress:
         options.append(f'model.teacher.checkpoint={args.checkpoint}')
     return options + list(row.options)
+
+
+def loader_options(workers: int) -> list[str]:
+    """So many processes that load images, for ``--cfg-options``."""
+    chosen = f'num_workers={workers}', f'persistent_workers={workers > 0}'
+    return [
+        f'{split}_dataloader.{option}'
+        for split in ('train', 'val', 'test')
+        for option in chosen
+    ]
 
 
 def _work_dir(args: argparse.Namespace, name: str, seed: int) -> Path:

@@ -18,9 +18,10 @@ from torch._subclasses import FakeTensorMode
 
 from pm_seg.cli import compress, test, train
 from pm_seg.cli.bench_measure import device_name, measure
-from pm_seg.cli.bench_models import DENSE, METHODS, build_models
+from pm_seg.cli.bench_models import DENSE, METHODS, build_models, image_size
 from pm_seg.cli.common import resolve_config
 from pm_seg.core import GroupRecorder
+from pm_seg.engine.scoring import full_products
 from pm_seg.utils import count_macs
 
 
@@ -89,12 +90,6 @@ def read_config(setting: Setting, tiny: bool) -> Config:
     return cfg
 
 
-def image_size(cfg: Config) -> tuple[int, int]:
-    """Height and width that a config's model is built for."""
-    size = cfg.model.backbone.get('img_size', 224)
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 @cache
 def _state(config: str, tiny: bool) -> dict[str, Tensor]:
     """Random weights, the same for all rows of a config."""
@@ -109,10 +104,9 @@ def build(setting: Setting, name: str, tiny: bool) -> nn.Module | str:
         return _timm_model(setting, name, 96 if tiny else 224)
     cfg = read_config(setting, tiny)
     state = _state(setting.config, tiny)
-    method, _, share = name.rpartition(' ')
     if name == DENSE:
         return build_models(cfg, image_size(cfg), [], 0.9, state)[0][DENSE]
-    keep = float(share.rstrip('%')) / 100
+    method, keep = _method(name)
     try:
         found, missing = build_models(
             cfg, image_size(cfg), [method], keep, state
@@ -120,6 +114,12 @@ def build(setting: Setting, name: str, tiny: bool) -> nn.Module | str:
     except ValueError as error:
         return str(error)
     return found.get(method, missing.get(method))
+
+
+def _method(name: str) -> tuple[str, float]:
+    """Of a row such as 'ours 50%': ('ours', 0.5)."""
+    method, _, share = name.rpartition(' ')
+    return method, float(share.rstrip('%')) / 100
 
 
 def _timm_model(setting: Setting, name: str, size: int) -> nn.Module | str:
@@ -176,20 +176,13 @@ def check_row(args: argparse.Namespace, name: str) -> dict:
     size = image_size(read_config(setting, args.tiny))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, *size, generator=generator)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with full_products():
         expected, groups = _outputs(model, images)
         there = copy.deepcopy(model).to(args.device)
         found, others = _outputs(there, images.to(args.device))
         half, halves = _outputs(
             there.bfloat16(), images.to(args.device).bfloat16()
         )
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
     scale = expected.abs().max()
     error = ((found - expected).abs().max() / scale).item()
     same = _same(groups, others)
@@ -247,25 +240,21 @@ def cifar_row(args: argparse.Namespace, name: str) -> dict:
         f'data_root={args.data / "cifar10"}',
         f'train_cfg.max_epochs={epochs}',
         f'param_scheduler.0.end={epochs}',
+        *camvid_table.loader_options(args.workers),
     ]  # fmt: skip
-    for split in ('train', 'val', 'test'):
-        options.append(f'{split}_dataloader.num_workers={args.workers}')
-        options.append(
-            f'{split}_dataloader.persistent_workers={args.workers > 0}'
-        )
     if args.tiny:
         options.append('train_dataloader.batch_size=4')
     start = ['model.backbone.init_cfg.checkpoint=' + str(weights)]
     config, folder, checkpoint = CIFAR.format(''), work / 'dense', dense
     if name != DENSE:
-        method, _, share = name.rpartition(' ')
+        method, keep = _method(name)
         folder = work / method
         config, checkpoint = CIFAR.format('pm_'), folder / dense.name
         options += [
             f'model.backbone.compression.type={METHODS[method]}',
             f'model.teacher.checkpoint={dense}',
         ]
-        first, keep = folder / 'start.pth', float(share.rstrip('%')) / 100
+        first = folder / 'start.pth'
         compress.main(
             [
                 config, str(dense), '--out', str(first), '--keep', str(keep),

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import torch
 import torch.nn.functional as F
 from mmpretrain.models.backbones import BEiTViT, DeiT3, ViTEVA02
 from mmpretrain.models.backbones.beit import BEiTTransformerEncoderLayer
 from mmpretrain.models.backbones.deit3 import DeiT3TransformerEncoderLayer
 from mmpretrain.models.backbones.vit_eva02 import EVA02EndcoderLayer
-from mmpretrain.models.utils import RotaryEmbeddingFast, resize_pos_embed
+from mmpretrain.models.utils import RotaryEmbeddingFast
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ...core import CLASSIFICATION
 from ...core.merging import Grid
-from ..compressible import CompressibleMixin
 from ..layers import fused_attention, mean_heads, run_halves
-from .pretrain_vit import PMPretrainEncoderLayer, PMVisionTransformer
+from .pretrain_vit import PMPretrainEncoderLayer, PretrainMixin
 
 
 class _Halves:
@@ -112,7 +108,7 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([first, (rest * cos + turned * sin).type_as(x)], 2)
 
 
-class _Variant(CompressibleMixin):
+class _Variant(PretrainMixin):
     """A backbone of mmpretrain whose layers are run by a compressor.
 
     Takes all arguments of the stock class, has the same checkpoint keys and,
@@ -129,8 +125,6 @@ class _Variant(CompressibleMixin):
     """
 
     layer_class: type[nn.Module]
-    default_compression = CLASSIFICATION
-    reads_prefix = PMVisionTransformer.reads_prefix
 
     def __init__(
         self, *args, compression: dict | None = None, **kwargs
@@ -153,34 +147,24 @@ class _Variant(CompressibleMixin):
             layer.__class__ = self.layer_class
             layer.attn.value_tap = nn.Identity()
         grid = tuple(self.patch_resolution)
-        rope = self._rope(grid)
+        rope = self.rotary_table(grid)
         extra = () if rope is None else (rope.shape[1],)
         self.build_compressor(compression, grid, self.num_extra_tokens, *extra)
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         x, (height, width) = self.patch_embed(images)
         grid, after = (int(height), int(width)), isinstance(self, DeiT3)
         if after:
-            x = self.drop_after_pos(x + self._positions(grid, 0))
+            x = self.drop_after_pos(x + self._resized_positions(grid, 0))
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         if not after:
             if self.pos_embed is not None:
-                x = x + self._positions(grid, self.num_extra_tokens)
+                x = x + self._resized_positions(grid, self.num_extra_tokens)
             x = self.drop_after_pos(x)
         return getattr(self, 'pre_norm', nn.Identity())(x), grid
 
-    def _positions(self, grid: Grid, num_extra: int) -> Tensor:
-        return resize_pos_embed(
-            self.pos_embed,
-            self.patch_resolution,
-            grid,
-            mode=self.interpolate_mode,
-            num_extra_tokens=num_extra,
-        )
-
-    def _rope(self, grid: Grid) -> Tensor | None:
-        """Rotary table, (N, 2D)."""
+    def rotary_table(self, grid: Grid) -> Tensor | None:
         rope = getattr(self, 'rope', None)
         if rope is None:
             return None
@@ -188,30 +172,6 @@ class _Variant(CompressibleMixin):
             dims, device = 2 * rope.half_dim, rope.freqs_cos.device
             rope = RotaryEmbeddingFast(dims, grid, rope.theta).to(device)
         return torch.cat([rope.freqs_sin, rope.freqs_cos], dim=1)
-
-    def forward(self, x: Tensor) -> tuple:
-        """Extract features, see ``PMVisionTransformer``."""
-        x, grid = self._embed(x)
-        outs = self.run_layers(x, grid, self.out_indices, self._rope(grid))
-        collected, last = outs.layers, len(self.layers) - 1
-        if self.final_norm and last in collected:
-            collected[last] = self.ln1(collected[last])
-        return tuple(
-            self._format_output(collected[index], grid)
-            for index in sorted(collected)
-        )
-
-    def train(self, mode: bool = True) -> _Variant:
-        super().train(mode)  # returns nothing
-        return self
-
-    def _adapt_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str
-    ) -> None:
-        super()._adapt_state_dict(state_dict, prefix)
-        if self.pos_embed is not None:
-            with suppress(AssertionError):  # reported by the check
-                self._prepare_pos_embed(state_dict, prefix)
 
 
 @MODELS.register_module()

@@ -15,6 +15,7 @@ from mmpretrain.models.backbones import (
 from mmpretrain.models.backbones.vision_transformer import (
     TransformerEncoderLayer,
 )
+from mmpretrain.models.utils import resize_pos_embed
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from ...core.merging import Grid
 from ..compressible import (
     CompressibleMixin,
     check_arguments,
+    check_out_indices,
     check_patches,
 )
 from ..layers import fused_attention, mean_keys, run_halves
@@ -74,8 +76,79 @@ class PMPretrainEncoderLayer(TransformerEncoderLayer):
         return run_halves(self, x, log_size)
 
 
+class PretrainMixin(CompressibleMixin):
+    """For backbones of mmpretrain: from tokens to what they return."""
+
+    default_compression = CLASSIFICATION
+
+    @property
+    def reads_prefix(self) -> bool:
+        """See :class:`~pm_seg.models.compressible.CompressibleMixin`."""
+        return self.out_type == 'cls_token'
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Images to tokens.
+
+        Args:
+            images (Tensor): (B, 3, H, W).
+
+        Returns:
+            tuple[Tensor, tuple[int, int]]: Tokens (B, P+N, C), and the grid
+            (h, w) of the N patch tokens.
+        """
+        raise NotImplementedError
+
+    def rotary_table(self, grid: Grid) -> Tensor | None:
+        """Of the patch tokens, (N, 2D), None if positions do not rotate."""
+
+    def forward(self, x: Tensor) -> tuple:
+        """Extract features.
+
+        Args:
+            x (Tensor): Images (B, 3, H, W), any H and W.
+
+        Returns:
+            tuple: For each of ``out_indices``, by ``out_type``: (B, P+N, C)
+            for 'raw', (B, C, h, w) for 'featmap', else (B, C).
+        """
+        x, grid = self.embed(x)
+        outs = self.run_layers(
+            x, grid, self.out_indices, self.rotary_table(grid)
+        )
+        collected, last = outs.layers, len(self.layers) - 1
+        if self.final_norm and last in collected:
+            collected[last] = self.ln1(collected[last])
+        return tuple(
+            self._format_output(collected[index], grid)
+            for index in sorted(collected)
+        )
+
+    def train(self, mode: bool = True) -> PretrainMixin:
+        super().train(mode)  # returns nothing
+        return self
+
+    def _resized_positions(self, grid: Grid, num_extra: int) -> Tensor:
+        return resize_pos_embed(
+            self.pos_embed,
+            self.patch_resolution,
+            grid,
+            mode=self.interpolate_mode,
+            num_extra_tokens=num_extra,
+        )
+
+    def _adapt_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str
+    ) -> None:
+        super()._adapt_state_dict(state_dict, prefix)
+        # The stock class would resize after the check; what it cannot resize
+        # is reported there.
+        if self.pos_embed is not None:
+            with suppress(AssertionError):
+                self._prepare_pos_embed(state_dict, prefix)
+
+
 @MODELS.register_module()
-class PMVisionTransformer(CompressibleMixin, VisionTransformer):
+class PMVisionTransformer(PretrainMixin, VisionTransformer):
     """mmpretrain's ``VisionTransformer`` with token compression.
 
     Takes all arguments of :class:`mmpretrain.models.VisionTransformer`, has
@@ -110,8 +183,6 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         ...         arch='deit-small',
         ...         compression=dict(keep=0.6)))
     """
-
-    default_compression = CLASSIFICATION
 
     def __init__(
         self,
@@ -151,7 +222,7 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
             **kwargs,
         )
         self.arch_settings, self.num_layers = settings, depth
-        self.out_indices = self._check_out_indices(out_indices, depth)
+        self.out_indices = check_out_indices(out_indices, depth)
         if not isinstance(layer_cfgs, Sequence):
             layer_cfgs = [layer_cfgs or {}] * depth
         rates = torch.linspace(0, drop_path_rate, depth).tolist()
@@ -177,11 +248,6 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         if frozen_stages > 0:
             self._freeze_stages()
 
-    @property
-    def reads_prefix(self) -> bool:
-        """See :class:`~pm_seg.models.compressible.CompressibleMixin`."""
-        return self.out_type == 'cls_token'
-
     def _arch_settings(self, arch: str | dict) -> dict:
         if isinstance(arch, str):
             if arch.lower() not in self.arch_zoo:
@@ -198,19 +264,6 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
                 f'arch={dict(arch)} lacks {sorted(needed - set(arch))}'
             )
         return dict(arch)
-
-    @staticmethod
-    def _check_out_indices(
-        out_indices: int | Sequence[int], depth: int
-    ) -> list[int]:
-        given = [out_indices] if isinstance(out_indices, int) else out_indices
-        chosen = [i + depth if i < 0 else i for i in given]
-        if not all(0 <= i < depth for i in chosen):
-            raise ValueError(
-                f'out_indices={out_indices} must lie in {-depth}..{depth - 1},'
-                ' the layers of this model'
-            )
-        return chosen
 
     @property
     def own_keys(self) -> tuple[str, ...]:
@@ -231,51 +284,13 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
         x, (height, width) = self.patch_embed(images)
         prefix = [t.expand(len(x), -1, -1) for t in self.prefix_tokens()]
         x = torch.cat([*prefix, x], dim=1)
-        x = x + self.resize_pos_embed(
-            self.pos_embed,
-            self.patch_resolution,
-            (height, width),
-            mode=self.interpolate_mode,
-            num_extra_tokens=self.num_extra_tokens,
-        )
-        return self.drop_after_pos(x), (int(height), int(width))
+        grid = int(height), int(width)
+        x = x + self._resized_positions(grid, self.num_extra_tokens)
+        return self.drop_after_pos(x), grid
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """Images to tokens.
-
-        Args:
-            images (Tensor): (B, 3, H, W).
-
-        Returns:
-            tuple[Tensor, tuple[int, int]]: Tokens (B, P+N, C), and the grid
-            (h, w) of the N patch tokens.
-        """
         x, grid = self._all_tokens(images)
         return self.pre_norm(x), grid
-
-    def forward(self, x: Tensor) -> tuple:
-        """Extract features.
-
-        Args:
-            x (Tensor): Images (B, 3, H, W), any H and W.
-
-        Returns:
-            tuple: For each of ``out_indices``, by ``out_type``: (B, P+N, C)
-            for 'raw', (B, C, h, w) for 'featmap', else (B, C).
-        """
-        x, grid = self.embed(x)
-        collected = self.run_layers(x, grid, self.out_indices).layers
-        last = len(self.layers) - 1
-        if self.final_norm and last in collected:
-            collected[last] = self.ln1(collected[last])
-        return tuple(
-            self._format_output(collected[index], grid)
-            for index in sorted(collected)
-        )
-
-    def train(self, mode: bool = True) -> PMVisionTransformer:
-        super().train(mode)  # returns nothing
-        return self
 
     def init_weights(self) -> None:
         """Initialise, or load ``init_cfg=dict(type='Pretrained', ...)``."""
@@ -295,15 +310,6 @@ class PMVisionTransformer(CompressibleMixin, VisionTransformer):
                 logger='current',
             )
         state_dict.update(missing)
-
-    def _adapt_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str
-    ) -> None:
-        super()._adapt_state_dict(state_dict, prefix)
-        # The base class would resize after the check; what it cannot resize
-        # is reported there.
-        with suppress(AssertionError):
-            self._prepare_pos_embed(state_dict, prefix)
 
     def _shape_remedy(self, key: str) -> str:
         if key == 'pos_embed':

@@ -11,8 +11,10 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from ...core import CLASSIFICATION
+from ...core.compressor import check_option
 from ...core.merging import Grid
 from ...registry import register
+from ..compressible import check_out_indices
 from ..features import FeatureMaps
 from ..timm_layers import TimmLayers
 from ..timm_vit import (
@@ -96,10 +98,7 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        if out_type not in OUT_TYPES:
-            raise ValueError(
-                f'out_type={out_type!r} must be one of {OUT_TYPES}'
-            )
+        check_option('out_type', out_type, OUT_TYPES)
         self.img_size = to_2tuple(img_size)
         self.out_type = out_type
         self.norm = norm
@@ -114,14 +113,7 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
         self.timm_model = vit = self._create()
         self.patch_size = vit.patch_embed.patch_size
         self.embed_dims = vit.embed_dim
-        depth = len(vit.blocks)
-        given = [out_indices] if isinstance(out_indices, int) else out_indices
-        self.out_indices = [i + depth if i < 0 else i for i in given]
-        if not all(0 <= i < depth for i in self.out_indices):
-            raise ValueError(
-                f'out_indices={out_indices} must lie in {-depth}..{depth - 1},'
-                f' the layers of {model_name}'
-            )
+        self.out_indices = check_out_indices(out_indices, len(vit.blocks))
         if out_type == 'featmap_cls' and vit.cls_token is None:
             raise ValueError(
                 f'{model_name} has no class token; choose out_type='
