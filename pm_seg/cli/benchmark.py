@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..core import EncoderShape
-from ..utils import count_macs
+from ..utils import count_macs, keep_freed_memory
 from ..utils.checkpoints import read_checkpoint
 from ..version import __version__
 from .bench_measure import DTYPES, MODES, device_name, measure
@@ -258,6 +258,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
             torch.cuda.set_device(device)
         if not args.no_tf32:
             torch.set_float32_matmul_precision('high')
+    else:
+        keep_freed_memory()
     about = dict(
         torch=torch.__version__,
         python=platform.python_version(),

@@ -18,7 +18,12 @@ from mmseg.registry import DATASETS, MODELS
 from rich.console import Console
 from rich.table import Table
 
-from ..utils import count_macs, median, time_interleaved
+from ..utils import (
+    count_macs,
+    keep_freed_memory,
+    median,
+    time_interleaved,
+)
 from ..visualization import panel_figure, save_figure
 from ..visualization.inspection import dataset_meta, inspect
 from . import compress, make_scenes, test, train
@@ -144,8 +149,8 @@ def _measure(
     models: dict[str, EncoderDecoder], size: tuple[int, int]
 ) -> dict[str, dict[str, float]]:
     """GMACs and CPU time of one image in each model, timed in turns."""
+    keep_freed_memory()
     images = torch.randn(1, 3, *size)
-
     calls = {name: partial(model, images) for name, model in models.items()}
     with torch.no_grad():
         seconds = time_interleaved(calls)

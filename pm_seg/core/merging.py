@@ -77,7 +77,7 @@ class Merge:
         batch, size = len(size), size.flatten(0, 1)
         moved = size.index_select(0, self.moved)
         start = size.index_select(0, self.kept)
-        total = add_rows(start, self.into, moved, batch)
+        total = add_rows(start.clone(), self.into, moved, batch)
         share = moved / total.index_select(0, self.into)
         return (
             total.unflatten(0, (batch, -1)),

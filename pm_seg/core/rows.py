@@ -45,14 +45,14 @@ def take_rows(z: Tensor, rows: Tensor) -> Tensor:
 def add_rows(
     start: Tensor, into: Tensor, update: Tensor, batch: int
 ) -> Tensor:
-    """``start`` with ``update`` added to the rows ``into``.
+    """``start`` with ``update`` added to the rows ``into``; overwrites it.
 
     A sum where nothing is compiled or exported. There a product with a small
     0-1 matrix: it fuses, gives the same bits in each run, and is in every
     export format.
     """
     if not torch.compiler.is_compiling():
-        return start.index_add(0, into, update)
+        return start.index_add_(0, into, update)
     start, update = (t.unflatten(0, (batch, -1)) for t in (start, update))
     rows = torch.arange(batch * start.shape[1], device=into.device)
     member = rows.view(batch, -1, 1) == into.view(batch, 1, -1)

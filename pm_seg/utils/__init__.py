@@ -1,10 +1,11 @@
 from .flops import count_macs
 from .progress import ProgressReporter, shown_progress
-from .timing import median, time_interleaved
+from .timing import keep_freed_memory, median, time_interleaved
 
 __all__ = [
     'ProgressReporter',
     'count_macs',
+    'keep_freed_memory',
     'median',
     'shown_progress',
     'time_interleaved',

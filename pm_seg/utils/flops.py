@@ -27,6 +27,7 @@ def _numel(shape) -> int:
 _MERGE_FLOPS = {
     _ATEN.index_select: _out_flops,
     _ATEN.index_add: _add_flops,
+    _ATEN.index_add_: _add_flops,
 }
 
 
