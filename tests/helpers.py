@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
@@ -39,15 +40,30 @@ def run_tool(
     cwd: Path | None = None,
     check: bool = True,
     env: dict[str, str] | None = None,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python script as a user would, in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd or ROOT,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-    )
+    """Run a Python script as a user would, in a process of its own.
+
+    Args:
+        *arguments (str | Path): The script and its arguments.
+        cwd (Path, optional): Defaults to the checkout.
+        check (bool): Whether it has to succeed. Defaults to True.
+        env (dict, optional): Added to the environment.
+        fresh (bool): Whether it imports everything itself, for tests of what
+            that prints or does. Defaults to False.
+    """
+    command, cwd = list(map(str, arguments)), cwd or ROOT
+    env = {**os.environ, **(env or {})}
+    if fresh:
+        result = subprocess.run(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+    else:
+        result = run_forked(command, cwd, env)
     if check and result.returncode:
         raise AssertionError(
             f'{arguments} failed:\n{result.stdout[-3000:]}\n'

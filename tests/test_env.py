@@ -14,7 +14,7 @@ from pm_seg import __version__, env
 
 
 def test_report() -> None:
-    result = run_tool('-m', 'pm_seg.env', check=False)
+    result = run_tool('-m', 'pm_seg.env', check=False, fresh=True)
     text = result.stdout
     mixed = 'MIXED' in text
     assert result.returncode == int(mixed), result.stderr
@@ -55,7 +55,9 @@ def test_it_speaks_where_the_stack_is_broken(tmp_path: Path) -> None:
     for name in ('mmcv', 'mmengine', 'mmseg', 'mmpretrain', 'torch'):
         (tmp_path / f'{name}.py').write_text("raise OSError('broken here')")
     paths = f'{tmp_path}:{ROOT}'
-    result = run_tool('-m', 'pm_seg.env', env={'PYTHONPATH': paths})
+    result = run_tool(
+        '-m', 'pm_seg.env', env={'PYTHONPATH': paths}, fresh=True
+    )
     assert result.stdout.count('OSError: broken here') >= 3
     assert 'torch' in result.stdout and 'pm_seg' in result.stdout
 

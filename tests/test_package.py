@@ -44,7 +44,7 @@ def test_import_registers_everything() -> None:
         '<= set(MODELS.module_dict); '
         "assert {'PruneMergeHook', 'ProgressHook'} <= set(HOOKS.module_dict)"
     )
-    out = run_tool('-W', 'error::UserWarning', '-c', script)
+    out = run_tool('-W', 'error::UserWarning', '-c', script, fresh=True)
     assert not out.stdout
 
 
@@ -86,7 +86,7 @@ def test_installed_copy_brings_its_configs(site: Path, tmp_path: Path) -> None:
         'from pm_seg.cli.common import resolve_config; '
         "print(resolve_config('configs/segmenter_vit-s_pm_ade20k.py'))"
     )
-    out = run_tool('-c', script, cwd=tmp_path)
+    out = run_tool('-c', script, cwd=tmp_path, fresh=True)
     path = Path(out.stdout.strip().splitlines()[-1])
     assert path == (site / 'pm_seg/.mim/configs/segmenter_vit-s_pm_ade20k.py')
     assert (site / 'pm_seg/.mim/tools/train.py').is_file()
@@ -101,11 +101,12 @@ def test_installed_copy_compresses(
     cfg.dump(tmp_path / 'config.py')
     dense = dense_checkpoint(cfg, tmp_path)
     env = dict(PYTHONPATH=str(site))
-    out = run_tool('-m', 'pm_seg.env', cwd=tmp_path, env=env)
+    out = run_tool('-m', 'pm_seg.env', cwd=tmp_path, env=env, fresh=True)
     assert __version__ in out.stdout and str(site) in out.stdout
     run_tool(
         site / 'pm_seg/.mim/tools/compress.py', 'config.py', dense,
         '--out', 'pm.pth', '--report', 'report.html', cwd=tmp_path, env=env,
+        fresh=True,
     )  # fmt: skip
     assert (tmp_path / 'pm.pth').is_file()
     assert (tmp_path / 'report.html').stat().st_size > 50_000

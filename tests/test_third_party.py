@@ -42,7 +42,9 @@ def project(tmp_path: Path, scenes: Path) -> Path:
 def run(project: Path, *arguments: str | Path) -> str:
     """Run a tool in the project, which is on Python's path."""
     path = f'{project}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
-    out = run_tool(*arguments, cwd=project, env=dict(PYTHONPATH=path))
+    out = run_tool(
+        *arguments, cwd=project, env=dict(PYTHONPATH=path), fresh=True
+    )
     return out.stdout
 
 

@@ -137,6 +137,7 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
         '--standalone', ROOT / 'tools/train.py',
         tmp_path / 'config.py', '--launcher', 'pytorch',
         cwd=tmp_path, env=dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
+        fresh=True,
     )  # fmt: skip
     assert 'IDENTICAL' in result.stdout + result.stderr
     state = read_checkpoint(tmp_path / 'work/iter_1.pth')['state_dict']
