@@ -2,7 +2,7 @@
 # make test   all tests that fit a CI run; make test-slow runs the others
 # make test-original, make test-oldest   other stacks, see docs/stacks.md
 # make coverage   branch coverage of those tests; make mutation, whether the
-#                 tests of the core notice deliberate faults
+#                 tests notice deliberate faults
 PYTHON ?= python3
 VENV ?= .venv
 # forks or original: the OpenMMLab packages to install

@@ -10,10 +10,12 @@ class Fault:
     """A change of the source.
 
     Attributes:
-        module (str): File of pm_seg/core, without suffix.
+        module (str): File of pm_seg/core, or with a slash of pm_seg, without
+            suffix.
         what (str): The fault in words.
         old, new (str): Text that occurs once, and what it becomes.
-        tests (tuple[str, ...]): Files of tests/core that may notice it.
+        tests (tuple[str, ...]): Files of tests/core, or with a slash of
+            tests, that may notice it.
     """
 
     module: str
@@ -42,7 +44,7 @@ FAULTS = (
     ),
     Fault(
         'merging', 'sizes do not grow',
-        'total = add_rows(start, self.into, moved, batch)',
+        'total = add_rows(start.clone(), self.into, moved, batch)',
         'total = start + 0', MERGE,
     ),
     Fault(

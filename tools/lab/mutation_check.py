@@ -1,8 +1,9 @@
-"""Do the tests of the core notice deliberate faults?
+"""Do the tests notice deliberate faults?
 
-Each fault of faults.py is put into a temporary copy of the core, one at a
-time, and the tests named with it run there until the first failure. A fault
-that no test notices has survived, and the exit code is 1.
+Each fault of faults.py and device_faults.py is put into a temporary copy of
+the package, one at a time, and the tests named with it run there until the
+first failure. A fault that no test notices has survived, and the exit code is
+1.
 
     python tools/lab/mutation_check.py
     python tools/lab/mutation_check.py --only merging --out faults.md
@@ -17,16 +18,19 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import hypothesis  # noqa: F401  loaded once, for all runs
 import pytest
 import torch
+from device_faults import DEVICE_FAULTS
 from faults import FAULTS, Fault
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
+ALL = (*FAULTS, *DEVICE_FAULTS)
 
 
 class FirstFailure:
@@ -52,7 +56,7 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         found = FirstFailure()
-        paths = [f'tests/core/{name}.py' for name in tests]
+        paths = [f'{_within(name, "tests")}.py' for name in tests]
         brief = ['-x', '-p', 'no:cacheprovider', '--hypothesis-profile=brief']
         code = pytest.main([*brief, *paths], [found])
         send.send((int(code), found.name))
@@ -68,20 +72,30 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         process.join()
 
 
-def copy_core(folder: Path) -> None:
-    """The core and its tests, without what needs OpenMMLab."""
+def _within(name: str, root: str) -> Path:
+    return Path(root, *(() if '/' in name else ('core',)), name)
+
+
+def in_core(fault: Fault) -> bool:
+    """Whether it and its tests need torch alone."""
+    return not any('/' in name for name in (fault.module, *fault.tests))
+
+
+def copy_package(folder: Path, core: bool) -> None:
+    """The package and its tests, or the core without what needs OpenMMLab."""
     skip = shutil.ignore_patterns('__pycache__')
-    (folder / 'pm_seg').mkdir()
-    (folder / 'pm_seg' / '__init__.py').touch()
-    shutil.copytree(ROOT / 'pm_seg/core', folder / 'pm_seg/core', ignore=skip)
-    shutil.copytree(ROOT / 'tests/core', folder / 'tests/core', ignore=skip)
-    for name in ('tests/conftest.py', 'tests/toy.py', 'pyproject.toml'):
+    names = ('pm_seg', 'tests', 'configs', 'tools')
+    for name in ('pm_seg/core', 'tests/core') if core else names:
+        shutil.copytree(ROOT / name, folder / name, ignore=skip)
+    (folder / 'pm_seg/__init__.py').touch()
+    names = ('conftest', 'toy', 'devices')
+    for name in (*(f'tests/{name}.py' for name in names), 'pyproject.toml'):
         shutil.copy(ROOT / name, folder / name)
 
 
 def check(fault: Fault, folder: Path) -> tuple[str, str]:
     """Outcome and the first test that fails."""
-    path = folder / 'pm_seg' / 'core' / f'{fault.module}.py'
+    path = folder / f'{_within(fault.module, "pm_seg")}.py'
     source = path.read_text()
     if source.count(fault.old) != 1:
         return 'not applied', f'{source.count(fault.old)} matches'
@@ -96,9 +110,18 @@ def check(fault: Fault, folder: Path) -> tuple[str, str]:
     return ('caught', test) if test else (f'broken ({code})', '')
 
 
+def control(faults: Sequence[Fault], folder: Path) -> None:
+    """Leave with a message if tests fail without any fault."""
+    used = tuple(dict.fromkeys(test for f in faults for test in f.tests))
+    code, test = run_tests(folder, used)
+    if code:
+        output = (folder / 'output.txt').read_text()
+        sys.exit(f'{output[-3000:]}\nWithout any fault {test} fails')
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    modules = list(dict.fromkeys(fault.module for fault in FAULTS))
+    modules = list(dict.fromkeys(fault.module for fault in ALL))
     parser.add_argument('--only', nargs='+', choices=modules, default=modules)
     parser.add_argument('--match', default='', help='regular expression')
     parser.add_argument(
@@ -114,27 +137,27 @@ def main(argv: list[str] | None = None) -> None:
     table = Table('module', 'fault', 'outcome', 'first test that fails')
     lines = ['| module | fault | caught by |', '|---|---|---|']
     wrong = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy_core(folder)
-        faults = [
-            fault
-            for fault in FAULTS
-            if fault.module in args.only and re.search(args.match, fault.what)
-        ]
-        used = tuple(dict.fromkeys(t for f in faults for t in f.tests))
-        code, test = 0, ''
-        if not args.no_control:
-            code, test = run_tests(folder, used)
-        if code:
-            output = (folder / 'output.txt').read_text()
-            sys.exit(f'{output[-3000:]}\nWithout any fault {test} fails')
-        for fault in faults:
-            outcome, test = check(fault, folder)
-            wrong += outcome != 'caught'
-            table.add_row(fault.module, fault.what, outcome, test)
-            lines.append(f'| {fault.module} | {fault.what} | `{test}` |')
-            print(f'{outcome}: {fault.module}, {fault.what}', flush=True)
+    faults = [
+        fault
+        for fault in ALL
+        if fault.module in args.only and re.search(args.match, fault.what)
+    ]
+    for core in (True, False):
+        part = [fault for fault in faults if in_core(fault) == core]
+        if part and not core:  # loaded once, for all runs
+            import mmpretrain.models  # noqa: F401
+            import mmseg.models  # noqa: F401
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            copy_package(folder, core)
+            if part and not args.no_control:
+                control(part, folder)
+            for fault in part:
+                outcome, test = check(fault, folder)
+                wrong += outcome != 'caught'
+                table.add_row(fault.module, fault.what, outcome, test)
+                lines.append(f'| {fault.module} | {fault.what} | `{test}` |')
+                print(f'{outcome}: {fault.module}, {fault.what}', flush=True)
     console.print(table)
     print(f'{len(faults) - wrong} of {len(faults)} faults caught')
     if args.out:
