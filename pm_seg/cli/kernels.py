@@ -67,7 +67,8 @@ def compiled_launches(
 ) -> tuple[int | None, int | None]:
     """Kernels that inductor's code for a function calls, and their bytes.
 
-    Fused ones, and those of libraries; None if it cannot be compiled here.
+    Fused ones, and those of libraries; None where it cannot be compiled or,
+    before torch 2.5, counted.
     """
     from torch._inductor import compile_fx, config, metrics
     from torch._inductor.utils import run_and_get_code
@@ -75,7 +76,9 @@ def compiled_launches(
     torch._dynamo.reset()
     metrics.reset()
     # Bytes are counted for this log alone, and not for code from a cache.
-    log = compile_fx.inductor_metrics_log
+    log = getattr(compile_fx, 'inductor_metrics_log', None)
+    if log is None:  # torch 2.4
+        return None, None
     before = log.level, log.propagate
     log.setLevel('INFO')
     log.propagate = False

@@ -50,7 +50,7 @@ class CompressedBlocks(TimmLayers, nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """timm's blocks."""
-        return [self.get_submodule(str(i)) for i in range(self.depth)]
+        return list(self.children())[: self.depth]
 
     def __len__(self) -> int:
         return self.depth

@@ -229,6 +229,7 @@ def test_a_second_gpu_is_called_by_its_name(monkeypatch) -> None:
     assert bench_measure.device_name('cpu').startswith('CPU, ')
 
 
+@needs_exporter
 @pytest.mark.parametrize('device', ['cuda', 'cuda:1'])
 def test_it_starts_on_any_gpu(config: Path, device: str, monkeypatch) -> None:
     """Until the first tensor moves there; onnx needs none of it."""

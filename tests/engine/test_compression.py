@@ -148,6 +148,9 @@ def test_the_report(options: dict) -> None:
     assert ('attention' in text) == (options.get('type') == 'algm')
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 5), reason='torch 2.4 breaks the graph at maps'
+)
 def test_the_whole_model_compiles() -> None:
     """Encoder, and a decoder on its groups: one graph, in mixed precision."""
     torch._dynamo.reset()
