@@ -139,8 +139,7 @@ class ProgressiveCompressor(Compressor):
         self.shares.copy_(torch.tensor(shares, device=self.shares.device))
         self._shares = [share / WHOLE for share in shares]
         self.power.fill_(schedule.power)
-        trains = self.restore == 'residual' and keep < 1 and self._whole
-        self.gain.requires_grad_(trains)
+        self.gain.requires_grad_(self.has_gain and keep < 1)
 
     def set_grid(self, grid: Grid) -> None:
         self.shape = replace(self.shape, grid=grid)
@@ -186,6 +185,11 @@ class ProgressiveCompressor(Compressor):
             self.keep = round(self.share, 4)
             self.has_importance = bool(self.importance.any())
             self._strength = float(self.strength) * self.has_importance
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether updates are restored, so that gains play a part."""
+        return self.restore == 'residual' and self._whole
 
     @property
     def calibrates(self) -> bool:

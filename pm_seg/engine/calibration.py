@@ -102,8 +102,11 @@ def choose_settings(
         (module.compressor.schedule.power, module.compressor.gain.clone())
         for module in modules
     ]
-    chosen = {name: values[0] for name, values in SEARCH.items()}
-    total = sum(map(len, SEARCH.values())) - len(SEARCH) + 1
+    search = dict(SEARCH)
+    if not any(module.compressor.has_gain for module in modules):
+        search['gain'] = SEARCH['gain'][:1]
+    chosen = {name: values[0] for name, values in search.items()}
+    total = sum(map(len, search.values())) - len(search) + 1
     done = 0
     if progress:
         progress(0, total)
@@ -127,7 +130,7 @@ def choose_settings(
         with uncompressed(model):
             dense = [model(images, mode='tensor') for images in inputs]
         best = loss(chosen)
-        for name, values in SEARCH.items():
+        for name, values in search.items():
             for value in values[1:]:
                 tried = {**chosen, name: value}
                 found = loss(tried)

@@ -61,6 +61,15 @@ def test_the_best_settings_are_kept_at_the_same_cost() -> None:
         assert loss(model, inputs) >= best - 1e-6
 
 
+def test_gains_are_not_tried_where_nothing_is_restored() -> None:
+    model, inputs = prepared(restore='replace')
+    assert not model.backbone.compressor.gain.requires_grad
+    seen = []
+    chosen = choose_settings(model, inputs, lambda *steps: seen.append(steps))
+    others = len(SEARCH['strength']) + len(SEARCH['power']) - 1
+    assert seen[-1] == (others, others) and chosen['gain'] == 1.0
+
+
 def test_powers_out_of_reach_are_passed_over(monkeypatch) -> None:
     """At the lowest budget all tokens go as early as they may."""
     search = {name: values[:1] for name, values in SEARCH.items()}
