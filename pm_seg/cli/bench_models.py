@@ -99,9 +99,10 @@ def build_models(
         if METHODS[name] == kind:
             models[name] = reference
             continue
-        model = MODELS.build(
-            _model_config(cfg, size, dict(type=METHODS[name]))
-        )
+        peer = dict(type=METHODS[name])
+        if name != 'paper':
+            peer['keep'] = 1.0  # its default may be out of reach
+        model = MODELS.build(_model_config(cfg, size, peer))
         model.load_state_dict(weights)
         try:
             _meet(model.backbone.compressor, keep)

@@ -158,6 +158,15 @@ def test_a_budget_that_a_method_cannot_reach_leaves_it_out(
     assert 'ToMe-style is left out: keep=0.25 is out of reach' in text
 
 
+def test_budgets_above_a_peers_default_are_met(config: Path) -> None:
+    """Half is out of reach of ToMe in three layers, 0.7 is not."""
+    text = config.read_text().replace('num_layers=6', 'num_layers=3')
+    config.write_text(text)
+    found, missing = models(config, (64, 96), keep=0.7)
+    assert 'ToMe-style' in found and 'ToMe-style' not in missing
+    assert 0.6 < found['ToMe-style'].backbone.compressor.share <= 0.7
+
+
 def row(**changes) -> dict:
     return dict(
         dict(
