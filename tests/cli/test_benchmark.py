@@ -159,8 +159,8 @@ def test_a_budget_that_a_method_cannot_reach_leaves_it_out(
 
 
 def test_budgets_above_a_peers_default_are_met(config: Path) -> None:
-    """Half is out of reach of ToMe in three layers, 0.7 is not."""
-    text = config.read_text().replace('num_layers=6', 'num_layers=3')
+    """Half is out of reach of ToMe in two layers, 0.7 is not."""
+    text = config.read_text().replace('num_layers=6', 'num_layers=2')
     config.write_text(text)
     found, missing = models(config, (64, 96), keep=0.7)
     assert 'ToMe-style' in found and 'ToMe-style' not in missing
