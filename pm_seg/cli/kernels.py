@@ -19,7 +19,7 @@ from ..core.merging import Chain
 _FREE = ('aten::_unsafe_view', 'aten::empty', 'aten::new_empty')
 #: Kernels of operators that need several in ATen's CUDA code: copies of what
 #: they change, indices to sort along.
-_KERNELS = dict(index_add=2, scatter=2, sort=3)
+_KERNELS = dict(scatter=2, sort=3)
 #: Operators that read of their first argument as much as they return.
 _SELECTING = ('index_select', 'gather')
 _LAUNCH = re.compile(

@@ -58,6 +58,13 @@ def test_all_methods_are_compared_at_the_cost_of_the_config(
 ) -> None:
     rows = run(config, '--batch-size', '2')
     assert [r['method'] for r in rows] == ['dense', *METHODS]
+    check(rows)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def check(rows: list[dict]) -> None:
+    """Shares, and what follows from a row's time and operations."""
     for row in rows:
         dense = row['method'] == 'dense'
         assert row['share'] == 1 if dense else 0.5 < row['share'] <= 0.6
@@ -66,8 +73,6 @@ def test_all_methods_are_compared_at_the_cost_of_the_config(
         assert row['of_ideal'] == pytest.approx(row['speedup'] * share)
         rate = row['batch_size'] / row['latency_ms'] * 1e3
         assert row['images_per_s'] == pytest.approx(rate)
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
 
 
 @needs_exporter
@@ -78,7 +83,9 @@ def test_onnxruntime_is_timed_in_the_same_run(config: Path, capsys) -> None:
     )  # fmt: skip
     assert [row['method'] for row in rows] == ['dense', 'ours'] * 2
     assert [row['mode'] for row in rows] == ['eager'] * 2 + ['onnx'] * 2
+    check(rows)
     text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
     assert 'inference, onnx on the CPU, fp32, batch 2 of 64x96' in text
 
 

@@ -84,13 +84,17 @@ def in_core(fault: Fault) -> bool:
 def copy_package(folder: Path, core: bool) -> None:
     """The package and its tests, or the core without what needs OpenMMLab."""
     skip = shutil.ignore_patterns('__pycache__')
-    names = ('pm_seg', 'tests', 'configs', 'tools')
-    for name in ('pm_seg/core', 'tests/core') if core else names:
+    folders = ('pm_seg', 'tests', 'configs', 'tools')
+    files = ('pyproject.toml',)
+    if core:
+        folders = ('pm_seg/core', 'tests/core')
+        helpers = ('conftest', 'toy', 'devices')
+        files += tuple(f'tests/{name}.py' for name in helpers)
+    for name in folders:
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
-    (folder / 'pm_seg/__init__.py').touch()
-    names = ('conftest', 'toy', 'devices')
-    for name in (*(f'tests/{name}.py' for name in names), 'pyproject.toml'):
+    for name in files:
         shutil.copy(ROOT / name, folder / name)
+    (folder / 'pm_seg/__init__.py').touch()
 
 
 def check(fault: Fault, folder: Path) -> tuple[str, str]:
@@ -144,13 +148,15 @@ def main(argv: list[str] | None = None) -> None:
     ]
     for core in (True, False):
         part = [fault for fault in faults if in_core(fault) == core]
-        if part and not core:  # loaded once, for all runs
+        if not part:
+            continue
+        if not core:  # loaded once, for all runs
             import mmpretrain.models  # noqa: F401
             import mmseg.models  # noqa: F401
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             copy_package(folder, core)
-            if part and not args.no_control:
+            if not args.no_control:
                 control(part, folder)
             for fault in part:
                 outcome, test = check(fault, folder)
