@@ -19,6 +19,7 @@ PRESETS: dict[str, tuple[Callable[..., Compressor], dict[str, Any]]] = {
         ProgressiveCompressor,
         dict(
             schedule='constant',
+            step=0.0,
             compare='keys',
             between=True,
             restore='replace',
@@ -28,6 +29,7 @@ PRESETS: dict[str, tuple[Callable[..., Compressor], dict[str, Any]]] = {
         ProgressiveCompressor,
         dict(
             schedule='local_global',
+            step=0.0,
             compare='tokens',
             between=True,
             restore='replace',
@@ -37,7 +39,7 @@ PRESETS: dict[str, tuple[Callable[..., Compressor], dict[str, Any]]] = {
 }
 
 #: What suits classifiers, whose class token reads all others to the end.
-CLASSIFICATION = dict(compare='keys', power=1.0, first=2)
+CLASSIFICATION = dict(compare='keys', power=1.0, first=2, step=0.08)
 
 
 def make_compressor(

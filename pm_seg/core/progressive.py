@@ -53,6 +53,11 @@ class ProgressiveCompressor(Compressor):
             prediction; classifiers do better with 1.
         first (int): First layer that works on fewer tokens, of the schedule
             'power'. Defaults to 1.
+        step (float): Least share of the tokens there are that merges at once:
+            layers wait until as many are to go, because a merge costs as much
+            for few as for many
+            (:func:`~pm_seg.core.schedule.merging_layers`). Defaults to 1/8;
+            smaller for classifiers.
         compare (str): What is compared: a count 'sketch' of the tokens
             (random signs, folded to about 64 channels), the 'keys' of the
             layer (mean of the heads, as ToMe; better for classifiers) or the
@@ -76,6 +81,7 @@ class ProgressiveCompressor(Compressor):
         schedule: str = 'power',
         power: float = 0.6,
         first: int = 1,
+        step: float = 0.125,
         compare: str = 'sketch',
         between: bool = False,
         restore: str = 'residual',
@@ -90,13 +96,15 @@ class ProgressiveCompressor(Compressor):
         check_share('keep', keep)
         if not isinstance(power, (int, float)) or not power > 0:
             raise ValueError(f'power={power!r} must be a number above 0')
+        if not isinstance(step, (int, float)) or not 0 <= step < 1:
+            raise ValueError(f'step={step!r} must be a number in [0, 1)')
         compared, found = {
             'sketch': (sketch_dims(dims), dims),
             'keys': (shape.key_dims, dims * shape.key_dims),
             'tokens': (dims, 0),
         }[compare]
         self.schedule = Schedule(
-            shape, schedule, power, first, between, compared, found
+            shape, schedule, power, first, step, between, compared, found
         )
         self.compare = compare
         self.restore = restore
@@ -256,7 +264,7 @@ class ProgressiveCompressor(Compressor):
         while chain.tokens > left:
             merge = self._match(
                 chain.x if compared is None else compared,
-                self.schedule.step(index, chain.tokens, left),
+                self.schedule.at_once(index, chain.tokens, left),
                 index,
                 layer,
                 grid,

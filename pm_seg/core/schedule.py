@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from .compressor import EncoderShape, LayerLoad, check_share
@@ -71,6 +71,27 @@ SCHEDULES: dict[str, Callable[..., list[float]]] = {
 }
 
 
+def merging_layers(shares: Sequence[float], step: float) -> list[int]:
+    """Layers that merge if small merges wait until more tokens are to go.
+
+    A merge costs as much for few tokens as for many.
+
+    Args:
+        shares (Sequence[float]): Share of the patch tokens of each layer, of
+            a schedule in which every layer may merge.
+        step (float): Least share of the tokens there are that merges at once.
+
+    Returns:
+        list[int]: At least one, if a share is below 1.
+    """
+    layers, left = [], 1.0
+    for layer, share in enumerate(shares):
+        if share < left and left - share >= step * left:
+            layers.append(layer)
+            left = share
+    return layers or [i for i, share in enumerate(shares) if share < 1][:1]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Tokens and operations of every layer.
@@ -80,6 +101,7 @@ class Schedule:
         kind (str): Key of ``SCHEDULES``.
         power (float): See :func:`power_shares`.
         first (int): See :func:`power_shares`.
+        step (float): See :func:`merging_layers`.
         between (bool): Whether layers merge between attention and MLP.
         compared (int): Channels that tokens are compared in.
         found (int): MACs to find these of one token.
@@ -89,6 +111,7 @@ class Schedule:
     kind: str
     power: float
     first: int
+    step: float
     between: bool
     compared: int
     found: int
@@ -100,19 +123,8 @@ class Schedule:
             ValueError: If it is out of reach.
         """
         check_share('keep', keep)
-
-        def shares(strength: float) -> list[float]:
-            exact = SCHEDULES[self.kind](
-                strength, self.shape.depth, self.power, self.first
-            )
-            return [round(share * WHOLE) / WHOLE for share in exact]
-
-        def cost(shares: list[float]) -> float:
-            macs = sum(load.macs for load in self.loads(shares))
-            return macs / self.shape.dense_macs
-
         try:
-            return solve(shares, cost, keep)
+            shares = self._solve(keep, range(self.shape.depth))
         except ValueError as error:
             raise ValueError(
                 f'keep={keep} is out of reach of the schedule {self.kind!r}: '
@@ -120,6 +132,29 @@ class Schedule:
                 + ', or merge earlier: a lower first'
                 * (self.kind == 'power' and self.first > 0)
             ) from None
+        try:
+            return self._solve(keep, merging_layers(shares, self.step))
+        except ValueError:  # all that is to go goes in few layers
+            return shares
+
+    def _solve(self, keep: float, layers: Collection[int]) -> list[float]:
+        """With merges before some layers only."""
+
+        def shares(strength: float) -> list[float]:
+            exact = SCHEDULES[self.kind](
+                strength, self.shape.depth, self.power, self.first
+            )
+            held, left = [], 1.0
+            for layer, share in enumerate(exact):
+                left = share if layer in layers else left
+                held.append(round(left * WHOLE) / WHOLE)
+            return held
+
+        def cost(shares: list[float]) -> float:
+            macs = sum(load.macs for load in self.loads(shares))
+            return macs / self.shape.dense_macs
+
+        return solve(shares, cost, keep)
 
     def tokens(self, shares: Sequence[float], grid: Grid) -> list[int]:
         """Patch tokens that each layer's MLP works on, for any grid.
@@ -145,7 +180,7 @@ class Schedule:
         """Whether a layer merges whole windows."""
         return self.kind == 'local_global' and layer == 0
 
-    def step(self, layer: int, before: int, after: int) -> int:
+    def at_once(self, layer: int, before: int, after: int) -> int:
         """How many of the patch tokens merge at once: half of them at most,
         or all that are to, in windows.
         """
@@ -164,7 +199,7 @@ class Schedule:
             attended = before if self.between else after
             macs = shape.cost(prefix + attended, prefix + after)
             while before > after:
-                merged = self.step(layer, before, after)
+                merged = self.at_once(layer, before, after)
                 pairs = (before // 2) * -(-before // 2)
                 pairs = before if self.in_windows(layer) else pairs
                 macs += before * self.found + pairs * self.compared

@@ -140,7 +140,8 @@ def test_products_are_of_aligned_sizes(batch: int) -> None:
         x = torch.empty(batch, 1025, 64, device='cuda')
         with counter:
             compressor.run(_Nothing(layers), x, (32, 32))
-    assert len(seen) == 11
+    left = [1024, *compressor.tokens((32, 32))]
+    assert len(seen) == sum(a > b for a, b in zip(left, left[1:])) > 3
     for _, a, b in seen:
         assert a[-1] % 8 == 0 and b[-1] % 4 == 0
 

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from toy import make, shape_of
 
 from pm_seg.core import ProgressiveCompressor, make_compressor
-from pm_seg.core.schedule import FLOOR, SCHEDULES, power_shares, solve
+from pm_seg.core.schedule import (
+    FLOOR,
+    SCHEDULES,
+    merging_layers,
+    power_shares,
+    solve,
+)
 from pm_seg.utils import count_macs
 
 keeps = st.floats(0.2, 1)
@@ -127,6 +133,44 @@ def test_the_power_says_where_tokens_go() -> None:
     assert power_shares(0.4, 4, 1.0, 2) == pytest.approx([1, 1, 0.8, 0.6])
     for shares in SCHEDULES.values():
         assert shares(0.0, 4, 1.0, 1) == [1.0] * 4
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1), st.floats(0, 0.99))
+def test_small_merges_wait(falls: list[float], step: float) -> None:
+    shares = [min(falls[: layer + 1]) for layer in range(len(falls))]
+    layers = merging_layers(shares, step)
+    assert bool(layers) == (shares[-1] < 1)
+    left = 1.0
+    for layer, share in enumerate(shares):
+        enough = share < left and left - share >= step * left
+        if len(layers) > 1:
+            assert (layer in layers) == enough
+        left = share if layer in layers else left
+    if step == 0:
+        fewer = zip([1.0, *shares], shares)
+        assert layers == [i for i, (a, b) in enumerate(fewer) if b < a]
+
+
+@pytest.mark.parametrize('keep', [0.5, 0.7, 0.9, 0.99])
+def test_fewer_merges_cost_the_same(keep: float) -> None:
+    each, some = (build((32, 32), keep=keep, step=s) for s in (0.0, 0.125))
+    merges = []
+    for module in (each, some):
+        assert keep - 0.01 < module.share <= keep
+        left = [1024, *module.tokens((32, 32))]
+        merges.append([1 - b / a for a, b in zip(left, left[1:]) if b < a])
+    assert len(merges[0]) == 11 or keep == 0.99
+    assert 0 < len(merges[1]) < 7
+    if keep < 0.9:  # counts are rounded, and the budget is met anew
+        assert min(merges[1]) > 0.11
+
+
+def test_a_budget_that_needs_every_merge_gets_them() -> None:
+    """All that a late schedule saves is saved at its very end."""
+    module = build((16, 16), keep=0.9, power=12.0, first=0)
+    assert module.share <= 0.9
+    with pytest.raises(ValueError, match=r'step=1 must be a number in'):
+        build((16, 16), step=1)
 
 
 def test_what_merged_stays_merged() -> None:
