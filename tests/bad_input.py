@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 import torch
 from helpers import ROOT, dense_checkpoint, small_config
+from make_scenes import write_scenes
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -42,7 +43,6 @@ from pm_seg.cli import (
     train,
 )
 from pm_seg.core import EncoderShape, LayerCost, StaticCompressor
-from pm_seg.datasets.scenes import write_scenes
 from pm_seg.engine import compress as run_compression
 
 TABLES = ('Bad input', 'Faults in a run')

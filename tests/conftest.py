@@ -9,6 +9,7 @@ from pathlib import Path
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ['OMP_NUM_THREADS'] = '1'
 
+import helpers  # noqa: F401, where tools are
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -34,7 +35,7 @@ def _seed() -> None:
 @pytest.fixture(scope='session')
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small dataset in ADE20K layout."""
-    from pm_seg.datasets.scenes import write_scenes
+    from make_scenes import write_scenes
 
     root = tmp_path_factory.mktemp('scenes')
     for _ in write_scenes(root, num_train=12, num_val=3):

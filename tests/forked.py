@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-TOOLS = ('compress', 'demo', 'export_onnx', 'test', 'train')
+TOOLS = ('compress', 'export_onnx', 'test', 'train')
 
 _server = multiprocessing.get_context('forkserver')
 _server.set_forkserver_preload([f'pm_seg.cli.{name}' for name in TOOLS])

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 from helpers import dense_checkpoint, small_config
+from make_scenes import write_scenes
 from mmengine.logging import MMLogger
 
 from pm_seg.cli import train
-from pm_seg.datasets.scenes import write_scenes
 from pm_seg.utils.checkpoints import read_checkpoint
 
 ITERS = 8

@@ -39,8 +39,6 @@ RUN_BY: dict[str, str | list[str]] = {
     'python tools/export_onnx.py CONFIG PM.pth --out PM.onnx': [],
     'python tools/visualize.py CONFIG PM.pth IMAGES --out-dir pictures':
     'tests/cli/test_visualize.py::test_a_folder_of_images_is_drawn',
-    'python tools/prepare_ade20k.py':
-    'tests/cli/test_prepare_ade20k.py::test_download_unpack_check',
     'python -m pm_seg.env': 'tests/test_env.py::test_report',
     'tools/dist_train.sh CONFIG 8': [],
     'python tools/make_scenes.py data/scenes': f'{TOOLS}::test_make_scenes',

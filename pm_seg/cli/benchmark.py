@@ -11,13 +11,11 @@ from pathlib import Path
 
 import cv2
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.utils import to_2tuple
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..core import EncoderShape
 from ..utils import count_macs, keep_freed_memory
 from ..utils.checkpoints import read_checkpoint
 from ..version import __version__
@@ -35,7 +33,6 @@ from .common import (
     wrong_usage,
 )
 from .export_onnx import check_exporter
-from .kernels import count_kernels, kernel_table
 
 console = Console(width=80, highlight=False)
 
@@ -84,12 +81,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=list(METHODS),
         metavar='METHOD',
         help=f'of {", ".join(METHODS)} (default all)',
-    )
-    group.add_argument(
-        '--kernels',
-        action='store_true',
-        help='instead of times, count what a merge and a restore of ours '
-        'launch and move, in eager mode and compiled',
     )
     group = parser.add_argument_group('settings; each combination is a table')
     group.add_argument(
@@ -234,16 +225,6 @@ def _write(path: str | None, results: list[dict]) -> None:
         file.write_text(json.dumps(results, indent=1) + '\n')
 
 
-def _shape(cfg: Config, args: argparse.Namespace) -> EncoderShape:
-    """Of the config's backbone, whatever its compression is."""
-    backbone = {**cfg.model.backbone, 'compression': dict(type='pm', keep=1.0)}
-    for source in ('init_cfg', 'pretrained'):
-        backbone.pop(source, None)
-    if args.size:
-        backbone['img_size'] = tuple(args.size)
-    return MODELS.build(backbone).compressor.shape
-
-
 @command()
 def main(argv: list[str] | None = None) -> list[dict]:
     """Entry point of ``tools/benchmark.py``; returns all rows."""
@@ -270,16 +251,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
         f'{about["config"]} on {device_name(device)}, torch '
         f'{about["torch"]}, pm_seg {about["pm_seg"]}'
     )
-    if args.kernels:
-        rows, shape = [], _shape(cfg, args)
-        for batch in args.batch_size:
-            rows += count_kernels(
-                shape, args.keep or 0.5, args.device, batch,
-                DTYPES[args.dtype[0]],
-            )  # fmt: skip
-            console.print(kernel_table(rows[-4:]))
-        _write(args.out, rows)
-        return rows
     size = tuple(to_2tuple(args.size or image_size(cfg)))
     models, missing = build_models(
         cfg, size, args.methods, args.keep, _state(args.checkpoint)

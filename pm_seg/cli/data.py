@@ -11,9 +11,9 @@ from mmseg.registry import DATASETS
 
 _DATASET_HELP = {
     'ADE20KDataset': (
-        'ADE20K: "python tools/prepare_ade20k.py" downloads and unpacks '
-        'ADEChallengeData2016.zip, so that images/ and annotations/ lie in '
-        'the data root.'
+        'ADE20K: download http://data.csail.mit.edu/places/ADEchallenge/'
+        'ADEChallengeData2016.zip ("wget -c" goes on where it stopped) and '
+        'unzip it, so that images/ and annotations/ lie in the data root.'
     ),
     'CamVidDataset': (
         'CamVid: put images/{train,val,test} and annotations/'

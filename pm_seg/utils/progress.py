@@ -9,13 +9,10 @@ from contextlib import ExitStack, contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 
 
@@ -59,10 +56,9 @@ class ProgressReporter:
 
     Args:
         title (str): What is being done.
-        total (int): Number of steps, or of bytes.
+        total (int): Number of steps.
         start (int): Steps that are over already, in an earlier run. Defaults
             to 0.
-        size (bool): Whether steps are bytes, shown as MB. Defaults to False.
 
     Example:
         >>> with ProgressReporter('Scoring', 50) as report:
@@ -73,13 +69,10 @@ class ProgressReporter:
     #: Lines printed when the output is not a terminal.
     num_lines = 5
 
-    def __init__(
-        self, title: str, total: int, start: int = 0, size: bool = False
-    ) -> None:
+    def __init__(self, title: str, total: int, start: int = 0) -> None:
         self.title = title
         self.total = total
         self.start = start
-        self.size = size
         self.console = Console(stderr=True)
         self._bar: Progress | None = None
         self._printed = start * self.num_lines // max(total, 1)
@@ -87,13 +80,10 @@ class ProgressReporter:
     def __enter__(self) -> ProgressReporter:
         self._left = TimeLeft(self.start)
         if self.console.is_terminal:
-            counts: list[ProgressColumn] = [MofNCompleteColumn()]
-            if self.size:
-                counts = [DownloadColumn(), TransferSpeedColumn()]
             self._bar = Progress(
                 TextColumn('{task.description}'),
                 BarColumn(bar_width=20),
-                *counts,
+                MofNCompleteColumn(),
                 TimeRemainingColumn(elapsed_when_finished=True),
                 TextColumn('{task.fields[note]}'),
                 console=self.console,
@@ -113,9 +103,6 @@ class ProgressReporter:
         if part > self._printed:
             self._printed = part
             counts = f'{self.title}: {done}/{self.total}'
-            if self.size:
-                counts = f'{self.title}: {done / 1e6:.0f}/'
-                counts += f'{self.total / 1e6:.0f} MB'
             texts = counts, self._left(done, self.total), note
             self.console.out(', '.join(filter(None, texts)), highlight=False)
 

@@ -14,11 +14,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from rich.console import Console
 
-from pm_seg.cli import bench_measure, benchmark, kernels
+from pm_seg.cli import bench_measure, benchmark
 from pm_seg.cli.bench_models import METHODS, build_models, fit_positions
 from pm_seg.cli.bench_report import table
-from pm_seg.cli.kernels import count_kernels
-from pm_seg.core import EncoderShape, LayerCost
 
 MODEL = """
 custom_imports = dict(imports=['pm_seg'])
@@ -270,47 +268,6 @@ def test_it_starts_on_any_gpu(config: Path, device: str, monkeypatch) -> None:
 
 class Done(Exception):  # noqa: N818
     pass
-
-
-def test_kernels_are_counted_part_by_part(
-    config: Path, capsys, monkeypatch
-) -> None:
-    monkeypatch.setattr(kernels, 'compiled_launches', lambda *args: (3, 10**6))
-    rows = benchmark.main(
-        [str(config), '--kernels', '--device', 'cpu', '--keep', '0.6']
-    )
-    parts = {row['part']: row for row in rows}
-    assert list(parts) == [
-        'find groups', 'merge', 'sizes, for attention', 'restore',
-    ]  # fmt: skip
-    assert parts['restore']['names'] == dict(
-        sub=1, mul=1, index_select=1, add=1
-    )
-    for part in rows:
-        assert part['eager'] == sum(part['names'].values()) > 0
-        assert part['kernels'] >= part['eager'] and part['batch'] == 1
-    # In and out: what was before, gained and added; what gains, merged, after.
-    moved = parts['restore']['bytes']
-    assert moved > parts['merge']['bytes'] > 3 * 25 * 48 * 4
-    text = capsys.readouterr().out
-    assert 'together' in text and 'batch 1' in text
-    assert max(map(len, text.splitlines())) <= 80
-
-
-@pytest.mark.slow
-def test_compiled_kernels_and_their_bytes() -> None:
-    """One kernel that reads two tensors and writes one."""
-    x = torch.randn(64, 64)
-    launches, moved = kernels.compiled_launches(
-        lambda x: (x.sin() + x.T).cos(), x
-    )
-    assert launches == 1 and moved in (2 * 4 * 64**2, 3 * 4 * 64**2)
-
-
-def test_kernels_that_cannot_be_compiled_are_not_counted(monkeypatch) -> None:
-    monkeypatch.setattr(torch, 'compile', None)
-    shape = EncoderShape(4, (8, 8), 1, 64, 32, LayerCost(16384, 32768, 128))
-    assert {row['compiled'] for row in count_kernels(shape)} == {None}
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from make_scenes import CLASS_IDS, SIZES, draw_scene, write_scenes
 from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
-
-from pm_seg.datasets.scenes import CLASS_IDS, SIZES, draw_scene, write_scenes
 
 
 def test_class_numbers_are_those_of_ade20k() -> None:

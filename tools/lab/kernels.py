@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..core import EncoderShape, ProgressiveCompressor
-from ..core.merging import Chain
+from pm_seg.cli.bench_measure import DTYPES
+from pm_seg.cli.common import (
+    add_common_arguments,
+    command,
+    load_config,
+    make_parser,
+    quiet_warnings,
+)
+from pm_seg.core import EncoderShape, ProgressiveCompressor
+from pm_seg.core.merging import Chain
+
+console = Console(width=80, highlight=False)
 
 #: Operators that compute nothing, beside views.
 _FREE = ('aten::_unsafe_view', 'aten::empty', 'aten::new_empty')
@@ -202,3 +218,60 @@ def kernel_table(rows: Sequence[dict]) -> Table:
             cells.append('not counted' if value is None else str(value))
         out.add_row(row['part'], *cells)
     return out
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(
+        'lab/kernels.py',
+        'Count what a merge and a restore launch and move, in eager mode and '
+        "compiled, on tokens of the size of a config's backbone.",
+        (
+            'two batch sizes, as on a GPU',
+            'configs/segmenter_vit-s_pm_ade20k.py --dtype bf16 --batch-size 1 '
+            '32',
+        ),
+    )
+    parser.add_argument('config', help='a config with compression')
+    parser.add_argument(
+        '--keep', type=float, default=0.5, help='as a config has it'
+    )
+    parser.add_argument(
+        '--batch-size', type=int, nargs='+', default=[1], metavar='N',
+        help='images at a time (default 1)',
+    )  # fmt: skip
+    parser.add_argument('--dtype', choices=list(DTYPES), default='fp32')
+    parser.add_argument('--device', default='cpu', help='(default cpu)')
+    parser.add_argument('--out', metavar='FILE', help='JSON file to write')
+    add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def encoder_shape(cfg: Config) -> EncoderShape:
+    """Of the config's backbone, whatever its compression is."""
+    backbone = {**cfg.model.backbone, 'compression': dict(type='pm', keep=1.0)}
+    for source in ('init_cfg', 'pretrained'):
+        backbone.pop(source, None)
+    return MODELS.build(backbone).compressor.shape
+
+
+@command()
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Print a table for each batch size; returns all rows."""
+    args = parse_args(argv)
+    quiet_warnings()
+    cfg = load_config(args)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    shape, rows = encoder_shape(cfg), []
+    for batch in args.batch_size:
+        found = count_kernels(
+            shape, args.keep, args.device, batch, DTYPES[args.dtype]
+        )
+        console.print(kernel_table(found))
+        rows += found
+    if args.out:
+        Path(args.out).write_text(json.dumps(rows, indent=1) + '\n')
+    return rows
+
+
+if __name__ == '__main__':
+    main()
