@@ -18,8 +18,9 @@ from pm_seg.cli.export_onnx import has_exporter
 from pm_seg.models.distillation import strip_compression
 
 ROOT = Path(__file__).resolve().parents[1]
-# At the end: some have names of the standard library.
-sys.path.append(str(ROOT / 'tools'))
+# Scripts that tests import, at the end: some have names of the standard
+# library.
+sys.path += [str(ROOT / 'tools/lab'), str(ROOT / 'tools')]
 #: Goldens, trained weights and CamVid; tests that need them are skipped
 #: where they are missing.
 SHARED = Path(os.environ.get('PM_SEG_SHARED', ROOT.parent / 'shared'))

@@ -30,10 +30,10 @@ TOOLS = [tool for tool in TOOLS if tool not in PLAIN]
 
 
 def module_of(tool: str) -> ModuleType:
-    """What a script runs: the package's, or itself in the laboratory."""
-    folder, _, name = tool.rpartition('/')
-    folder = folder or tool == 'gpu_report'
-    return importlib.import_module(name if folder else f'pm_seg.cli.{name}')
+    """What a script runs: the package's module, or itself."""
+    name = tool.rpartition('/')[2]
+    inside = (ROOT / f'pm_seg/cli/{name}.py').is_file()
+    return importlib.import_module(f'pm_seg.cli.{name}' if inside else name)
 
 
 def help_of(tool: str, capsys, monkeypatch) -> str:

@@ -233,14 +233,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('config', help='a config with compression')
     parser.add_argument(
-        '--keep', type=float, default=0.5, help='as a config has it'
+        '--keep',
+        type=float,
+        default=0.5,
+        help='share of the MACs of the layers',
     )
     parser.add_argument(
         '--batch-size', type=int, nargs='+', default=[1], metavar='N',
         help='images at a time (default 1)',
     )  # fmt: skip
-    parser.add_argument('--dtype', choices=list(DTYPES), default='fp32')
-    parser.add_argument('--device', default='cpu', help='(default cpu)')
+    parser.add_argument(
+        '--dtype', choices=list(DTYPES), default='fp32',
+        help='of the tokens (default fp32)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--device', default='cpu', help='where to run (default cpu)'
+    )
     parser.add_argument('--out', metavar='FILE', help='JSON file to write')
     add_common_arguments(parser)
     return parser.parse_args(argv)
