@@ -57,7 +57,7 @@ class ProgressiveCompressor(Compressor):
             layers wait until as many are to go, because a merge costs as much
             for few as for many
             (:func:`~pm_seg.core.schedule.merging_layers`). Defaults to 1/8;
-            smaller for classifiers.
+            classifiers do better with 0.
         compare (str): What is compared: a count 'sketch' of the tokens
             (random signs, folded to about 64 channels), the 'keys' of the
             layer (mean of the heads, as ToMe; better for classifiers) or the

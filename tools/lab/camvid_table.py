@@ -257,7 +257,7 @@ def run_row(args: argparse.Namespace, name: str, seed: int) -> dict:
                 f'{prefix}.seg_map_path=annotations/{split}',
             ]
         )  # fmt: skip
-        result[f'{split}_miou'] = float(metrics['mIoU'])
+        result[f'{split}_miou'] = round(float(metrics['mIoU']), 2)
     return dict(
         result,
         **costs(row, checkpoint),
@@ -286,9 +286,11 @@ def costs(row: Row, checkpoint: Path) -> dict[str, float]:
     images = torch.zeros(1, 3, *cfg.crop_size)
     compressor = model.backbone.compressor
     return dict(
-        gmacs=count_macs(lambda: model(images, mode='tensor')) / 1e9,
-        encoder_gmacs=count_macs(lambda: model.backbone(images)) / 1e9,
-        layers_share=1.0 if compressor is None else compressor.share,
+        gmacs=round(count_macs(lambda: model(images, mode='tensor')) / 1e9, 3),
+        encoder_gmacs=round(
+            count_macs(lambda: model.backbone(images)) / 1e9, 3
+        ),
+        layers_share=1.0 if compressor is None else round(compressor.share, 4),
     )
 
 
