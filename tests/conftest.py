@@ -9,7 +9,7 @@ from pathlib import Path
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ['OMP_NUM_THREADS'] = '1'
 
-import helpers  # noqa: F401, where tools are
+import paths  # noqa: F401
 import pytest
 import torch
 from hypothesis import Phase, settings

@@ -13,14 +13,11 @@ from forked import run_forked
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
+from paths import ROOT
 
 from pm_seg.cli.export_onnx import has_exporter
 from pm_seg.models.distillation import strip_compression
 
-ROOT = Path(__file__).resolve().parents[1]
-# Scripts that tests import, at the end: some have names of the standard
-# library.
-sys.path += [str(ROOT / 'tools/lab'), str(ROOT / 'tools')]
 #: Goldens, trained weights and CamVid; tests that need them are skipped
 #: where they are missing.
 SHARED = Path(os.environ.get('PM_SEG_SHARED', ROOT.parent / 'shared'))

@@ -154,6 +154,21 @@ FAULTS = (
         ('test_schedule',),
     ),
     Fault(
+        'schedule', 'small merges do not wait',
+        'share < left and left - share >= step * left', 'share < left',
+        ('test_schedule',),
+    ),
+    Fault(
+        'schedule', 'a budget that few merges cannot meet is refused',
+        'except ValueError:  # all that is to go goes in few layers',
+        'except ZeroDivisionError:', ('test_schedule',),
+    ),
+    Fault(
+        'schedule', 'layers that wait merge all the same',
+        'left = share if layer in layers else left', 'left = share',
+        ('test_schedule',),
+    ),
+    Fault(
         'schedule', 'counts are no multiples of 8',
         'count = 8 * round(count / 8) if count > 64 else round(count)',
         'count = round(count)', ('test_schedule',),

@@ -88,7 +88,7 @@ def copy_package(folder: Path, core: bool) -> None:
     files = ('pyproject.toml',)
     if core:
         folders = ('pm_seg/core', 'tests/core')
-        helpers = ('conftest', 'toy', 'devices')
+        helpers = ('conftest', 'paths', 'toy', 'devices')
         files += tuple(f'tests/{name}.py' for name in helpers)
     for name in folders:
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
