@@ -32,7 +32,7 @@ model = dict(backbone=dict(img_size=(512, 512)))
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-max_iters = 200
+max_iters = 160
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.05, begin=0, end=30, by_epoch=False),
     dict(
