@@ -218,7 +218,8 @@ def _costs(
     return costs
 
 
-def _write(path: str | None, results: list[dict]) -> None:
+def write_rows(path: str | None, results: list[dict]) -> None:
+    """Write rows as JSON, if there is a path; creates its folder."""
     if path:
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +277,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                     row['of_ideal'] = row['speedup'] / ideal
                 results += rows
                 console.print(table(rows))
-                _write(args.out, results)
+                write_rows(args.out, results)
                 gc.collect()
                 torch._dynamo.reset()
     if args.plot:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -19,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pm_seg.cli.bench_measure import DTYPES
+from pm_seg.cli.benchmark import write_rows
 from pm_seg.cli.common import (
     add_common_arguments,
+    check_output,
     command,
     load_config,
     make_parser,
@@ -254,7 +254,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def encoder_shape(cfg: Config) -> EncoderShape:
+def backbone_shape(cfg: Config) -> EncoderShape:
     """Of the config's backbone, whatever its compression is."""
     backbone = {**cfg.model.backbone, 'compression': dict(type='pm', keep=1.0)}
     for source in ('init_cfg', 'pretrained'):
@@ -267,17 +267,18 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Print a table for each batch size; returns all rows."""
     args = parse_args(argv)
     quiet_warnings()
+    if args.out:
+        check_output(args.out)
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
-    shape, rows = encoder_shape(cfg), []
+    shape, rows = backbone_shape(cfg), []
     for batch in args.batch_size:
         found = count_kernels(
             shape, args.keep, args.device, batch, DTYPES[args.dtype]
         )
         console.print(kernel_table(found))
         rows += found
-    if args.out:
-        Path(args.out).write_text(json.dumps(rows, indent=1) + '\n')
+    write_rows(args.out, rows)
     return rows
 
 
