@@ -8,8 +8,8 @@ itself, by ridge regression of its logarithm on the normed token::
     log score(x) ~ <direction, layer_norm(x)> + constant of the image
 
 Pairs of important tokens then merge later: their dissimilarity is multiplied
-by ``exp(strength (log score + log score of the other))``, see
-:func:`~pm_seg.core.similarity.match`.
+by both scores to the power of a strength (:func:`predicted_scores`,
+:func:`~pm_seg.core.similarity.match`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,21 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _FLOOR = 1e-4  # of the image's mean score: silent tokens have a logarithm too
+
+
+def predicted_scores(x: Tensor, direction: Tensor) -> Tensor:
+    """Of patch tokens, float32, 1 in the geometric mean of an image.
+
+    Args:
+        x (Tensor): (B, T, C).
+        direction (Tensor): Of :meth:`ImportanceFitter.directions`, times a
+            strength, (C,).
+
+    Returns:
+        Tensor: (B, T).
+    """
+    score = (F.layer_norm(x.float(), x.shape[2:]) * direction).sum(2)
+    return (score - score.mean(1, keepdim=True)).exp()
 
 
 class ImportanceFitter(GradientWatcher):
@@ -111,4 +126,7 @@ class ImportanceFitter(GradientWatcher):
         require_gradients(scale)
         eye = torch.eye(self.gram.shape[1], dtype=self.gram.dtype)
         gram = self.gram + self.ridge * scale[:, None, None] * eye
-        return torch.linalg.solve(gram, self.cross).float()
+        # Batches of torch.linalg.solve fail on several threads in torch 2.14.
+        factor = torch.linalg.cholesky(gram)
+        solved = torch.cholesky_solve(self.cross.unsqueeze(2), factor)
+        return solved.squeeze(2).float()
