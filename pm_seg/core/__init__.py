@@ -14,8 +14,9 @@ from .compressor import (
     Outputs,
     run_dense,
 )
+from .groups import TokenGroups
 from .importance import ImportanceFitter
-from .merging import Merge, TokenGroups
+from .merging import Merge
 from .observe import GroupRecorder
 from .presets import CLASSIFICATION, PRESETS, make_compressor
 from .progressive import ProgressiveCompressor

@@ -21,9 +21,8 @@ Observer = Callable[[tuple[int, ...], Tensor | None, Grid], None]
 class Layer(Protocol):
     """What a compressor needs of a transformer layer.
 
-    Compression around whole layers calls the layer and, to compare tokens,
-    ``mean_keys``; merging between attention and MLP, as ToMe does, calls the
-    two halves.
+    The layer itself, its two halves where tokens merge in between, as in
+    ToMe, and ``mean_keys`` to compare tokens.
     """
 
     def __call__(
@@ -33,8 +32,7 @@ class Layer(Protocol):
 
         ``log_size``, float32, (B, T), is added to the attention logits of
         each key: a token counts as often as the patches it stands for.
-        ``extra``, of layers that take any, is the one tensor of
-        :meth:`Compressor.run` for these patch tokens.
+        ``extra`` is what :meth:`Compressor.run` has for these tokens.
         """
 
     def attend(
@@ -109,8 +107,7 @@ class LayerLoad:
     """What one layer works on and costs, one image of the native size.
 
     Attributes:
-        attended (int): Patch tokens its attention works on.
-        kept (int): Patch tokens its MLP works on.
+        attended, kept (int): Patch tokens of its attention and of its MLP.
         macs (float): Multiply-accumulates, finding groups, merge and restore
             included.
         pruned (int): Patch tokens that bypass it.
@@ -173,10 +170,8 @@ class Compressor(nn.Module):
         """Say that it was compressed; checkpoints will know."""
 
     def set_keep(self, keep: float) -> None:
-        """Make the layers cost this share of the dense layers' MACs.
-
-        Raises:
-            ValueError: If it is out of reach.
+        """Make the layers cost this share of the dense layers' MACs, or raise
+        ``ValueError`` if it is out of reach.
         """
         raise NotImplementedError
 
@@ -191,8 +186,7 @@ class Compressor(nn.Module):
     @property
     def share(self) -> float:
         """MACs of all layers, as a share of the dense layers'."""
-        macs = sum(load.macs for load in self.loads())
-        return macs / self.shape.dense_macs
+        return sum(load.macs for load in self.loads()) / self.shape.dense_macs
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ for groups of one. Every token keeps what told it apart from its group
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import add_rows, extra_of, spread_rows, sum_rows, take_rows
+from .groups import TokenGroups
+from .rows import add_rows, extra_of, take_rows
 
 Grid = tuple[int, int]
 RESTORES = ('residual', 'replace')
@@ -79,24 +79,14 @@ class Merge:
         start = size.index_select(0, self.kept)
         total = add_rows(start.clone(), self.into, moved, batch)
         share = moved / total.index_select(0, self.into)
-        return (
-            total.unflatten(0, (batch, -1)),
-            start.unflatten(0, (batch, -1)),
-            share,
-        )
+        total, start = (t.unflatten(0, (batch, -1)) for t in (total, start))
+        return total, start, share
 
     def mean(self, x: Tensor, share: Tensor) -> Tensor:
-        """Means of groups, by the shares of their members.
+        """Means of groups, (B, P+T, C) -> (B, P+K, C), by shares of members.
 
         Only what moves is computed: groups start as one of their members and
         get ``share * (member - start)`` from each other one.
-
-        Args:
-            x (Tensor): (B, P+T, C).
-            share (Tensor): See :meth:`sizes`.
-
-        Returns:
-            Tensor: (B, P+K, C).
         """
         batch, x = len(x), x.flatten(0, 1)
         start = x.index_select(0, self.kept)
@@ -128,55 +118,12 @@ class Merge:
 
 
 class Step(NamedTuple):
-    """A merge that was done.
-
-    Attributes:
-        before (Tensor): What it merged, (B, P+T, C).
-        merged (Tensor): What came out, (B, P+K, C).
-        merge (Merge): Itself.
-        gain (Tensor): Factor of what is restored, (B, P+K, 1).
-    """
+    """A merge that was done: see :meth:`Merge.restore`."""
 
     before: Tensor
     merged: Tensor
     merge: Merge
     gain: Tensor
-
-
-@dataclass
-class TokenGroups:
-    """The groups that the last layer worked on.
-
-    Attributes:
-        merges (Sequence[Merge]): One after the other.
-        size (Tensor): Patches in each group, (B, P+K, 1).
-        num_prefix (int): P.
-    """
-
-    merges: Sequence[Merge]
-    size: Tensor
-    num_prefix: int
-    _place: Tensor | None = None
-
-    @property
-    def place(self) -> Tensor:
-        """Group of each patch token, 0..K-1, int64, (B, N)."""
-        if self._place is None:  # cached_property would lock; no compiling
-            places = (merge.place for merge in self.merges)
-            place, *others = (p[:, self.num_prefix :] for p in places)
-            for following in others:
-                place = following.gather(1, place - self.num_prefix)
-            self._place = place - self.num_prefix
-        return self._place
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean of each group, (B, N, C) -> (B, K, C)."""
-        size = self.size[:, self.num_prefix :]
-        return sum_rows(x, self.place, size.shape[1]) / size.to(x.dtype)
-
-    def spread(self, z: Tensor) -> Tensor:
-        """What the group of each token holds, (B, K, C) -> (B, N, C)."""
-        return spread_rows(z, self.place)
 
 
 class Chain:
@@ -187,20 +134,29 @@ class Chain:
         num_prefix (int): P.
         extra (Tensor, optional): See
             :meth:`~pm_seg.core.compressor.Compressor.run`.
+        size_aware (bool): Whether layers are to know sizes. Defaults to True.
 
     Attributes:
         x (Tensor): Tokens now, (B, P+T, C).
         size (Tensor): Patches each stands for, float32, (B, P+T, 1).
+        log_size (Tensor): For attention, (B, P+T); None as long as all stand
+            for one, or layers are not to know.
         steps (list[Step]): Merges so far.
     """
 
     def __init__(
-        self, x: Tensor, num_prefix: int, extra: Tensor | None = None
+        self,
+        x: Tensor,
+        num_prefix: int,
+        extra: Tensor | None = None,
+        size_aware: bool = True,
     ) -> None:
         self.x = x
         self.extra = extra
+        self.size_aware = size_aware
         self._rows: Tensor | None = None  # extra of merged tokens
         self.size = torch.ones(*x.shape[:2], 1, device=x.device)
+        self.log_size: Tensor | None = None
         self.num_prefix = num_prefix
         self.steps: list[Step] = []
 
@@ -208,11 +164,6 @@ class Chain:
     def tokens(self) -> int:
         """T, patch tokens there are now."""
         return self.x.shape[1] - self.num_prefix
-
-    @property
-    def log_size(self) -> Tensor | None:
-        """Of each token, (B, P+T); None as long as all stand for one."""
-        return self.size.squeeze(2).log() if self.steps else None
 
     def merge(self, merge: Merge, gain: Tensor) -> None:
         """Go on with fewer tokens.
@@ -224,6 +175,8 @@ class Chain:
         """
         before = self.x
         self.size, start, share = merge.sizes(self.size)
+        if self.size_aware:
+            self.log_size = self.size.squeeze(2).log()
         self.x = merge.mean(before, share)
         if self.extra is not None:
             if self._rows is None:
@@ -235,11 +188,15 @@ class Chain:
         gain = torch.where(self.size != start, gain, 1.0)
         self.steps.append(Step(before, self.x, merge, gain))
 
-    def extra_of(self, layer: int) -> tuple[Tensor, ...]:
-        """What a layer gets beside the tokens, nothing if there is nothing.
+    def inputs_of(self, layer: int) -> tuple[Tensor | None, ...]:
+        """What a layer is called with: tokens, their sizes, their extras."""
+        return self.x, self.log_size, *self._extra_of(layer)
 
-        Means of the groups, each patch counted once: (N, E) becomes
-        (B, 1, T, E), and (heads, N, E) of a layer (B, heads, T, E).
+    def _extra_of(self, layer: int) -> tuple[Tensor, ...]:
+        """Means of what belongs to the patches, each counted once.
+
+        (N, E) becomes (B, 1, T, E), and (heads, N, E) of a layer
+        (B, heads, T, E).
         """
         if self.extra is None or self._rows is None:
             return extra_of(self.extra, layer)
@@ -251,7 +208,7 @@ class Chain:
         return (rows[:, layer * heads : (layer + 1) * heads],)
 
     def restored(self, kind: str) -> Tensor:
-        """All tokens as they are now, (B, P+N, C)."""
+        """All tokens as they are now, (B, P+N, C), by one of RESTORES."""
         x = self.x
         for before, merged, merge, gain in reversed(self.steps):
             if kind == 'residual':

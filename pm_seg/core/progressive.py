@@ -5,10 +5,8 @@ similar ones first, and stay merged; after the last layer, or wherever all
 tokens are asked for, the chain of merges is undone, newest first, and each
 token gets what it was plus what its group gained
 (:meth:`~pm_seg.core.merging.Merge.restore`). Nothing has to be known of the
-images, no gradient and no position: it works with any weights and any grid.
-
-What :mod:`~pm_seg.core.importance` finds out about the weights on some images
-makes it better.
+images, no gradient and no position: it works with any weights and any grid,
+and better with what :mod:`~pm_seg.core.importance` finds out on some images.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compressor import (
@@ -27,15 +24,13 @@ from .compressor import (
     LayerLoad,
     Outputs,
     check_option,
-    check_share,
 )
+from .importance import predicted_scores
 from .merging import RESTORES, Chain, Grid, Merge
 from .precision import full_precision
-from .schedule import SCHEDULES, WHOLE, Schedule
-from .similarity import match, sketch, sketch_dims
+from .schedule import WHOLE, Schedule
+from .similarity import COMPARES, match
 from .windows import WINDOW, match_windows
-
-COMPARES = ('sketch', 'keys', 'tokens')
 
 
 class ProgressiveCompressor(Compressor):
@@ -45,27 +40,23 @@ class ProgressiveCompressor(Compressor):
         shape (EncoderShape): The transformer.
         keep (float): MACs of the layers as a share of the dense layers',
             with finding groups, merging and restoring. Defaults to 0.5.
-        schedule (str): How tokens get fewer over depth: 'power'
-            (:func:`~pm_seg.core.schedule.power_shares`), 'constant' (ToMe)
-            or 'local_global' (ALGM; its first merge is of 2x2 windows).
-            Defaults to 'power'.
+        schedule (str): How tokens get fewer over depth: 'power' (default,
+            :func:`~pm_seg.core.schedule.power_shares`), 'constant' (ToMe) or
+            'local_global' (ALGM; its first merge is of 2x2 windows).
         power (float): Of the schedule 'power'. Defaults to 0.6, for dense
             prediction; classifiers do better with 1.
         first (int): First layer that works on fewer tokens, of the schedule
             'power'. Defaults to 1.
-        step (float): Least share of the tokens there are that merges at once:
-            layers wait until as many are to go, because a merge costs as much
-            for few as for many
+        step (float): Least share of the tokens there are that merges at once
             (:func:`~pm_seg.core.schedule.merging_layers`). Defaults to 1/8;
             classifiers do better with 0.
         compare (str): What is compared: a count 'sketch' of the tokens
-            (random signs, folded to about 64 channels), the 'keys' of the
-            layer (mean of the heads, as ToMe; better for classifiers) or the
-            'tokens' themselves. Defaults to 'sketch'.
+            (default; random signs, folded to about 64 channels), the 'keys'
+            of the layer (mean of the heads, as ToMe; better for classifiers)
+            or the 'tokens' themselves.
         between (bool): Whether a layer merges between attention and MLP, as
             ToMe and ALGM, instead of before the layer. Defaults to False.
-        restore (str): 'residual', or 'replace' as ToMe-like methods. Defaults
-            to 'residual'.
+        restore (str): 'residual' (default), or 'replace' as ToMe-like methods.
         size_aware (bool): Whether attention counts a token as often as the
             patches it stands for (ToMe's proportional attention). Defaults
             to True.
@@ -89,22 +80,11 @@ class ProgressiveCompressor(Compressor):
     ) -> None:
         super().__init__(shape)
         depth, dims = shape.depth, shape.dims
-        check_option('schedule', schedule, tuple(SCHEDULES))
-        check_option('compare', compare, COMPARES)
+        check_option('compare', compare, tuple(COMPARES))
         check_option('restore', restore, RESTORES)
-        check_option('first', first, range(depth))
-        check_share('keep', keep)
-        if not isinstance(power, (int, float)) or not power > 0:
-            raise ValueError(f'power={power!r} must be a number above 0')
-        if not isinstance(step, (int, float)) or not 0 <= step < 1:
-            raise ValueError(f'step={step!r} must be a number in [0, 1)')
-        compared, found = {
-            'sketch': (sketch_dims(dims), dims),
-            'keys': (shape.key_dims, dims * shape.key_dims),
-            'tokens': (dims, 0),
-        }[compare]
+        cost = COMPARES[compare].cost(dims, shape.key_dims)
         self.schedule = Schedule(
-            shape, schedule, power, first, step, between, compared, found
+            shape, schedule, power, first, step, between, *cost
         )
         self.compare = compare
         self.restore = restore
@@ -131,15 +111,8 @@ class ProgressiveCompressor(Compressor):
     # ---------------------------------------------------------------- state
 
     def set_keep(self, keep: float, power: float | None = None) -> None:
-        """Find the schedule whose layers cost this share of the dense ones.
-
-        Args:
-            keep (float): In (0, 1].
-            power (float, optional): Of the schedule 'power', instead of the
-                one there is.
-
-        Raises:
-            ValueError: If it is out of reach.
+        """Find the schedule whose layers cost this share of the dense ones,
+        with another ``power`` if given, or raise ``ValueError``.
         """
         schedule = replace(self.schedule, power=power or self.schedule.power)
         shares = [round(x * WHOLE) for x in schedule.solve(keep)]
@@ -170,13 +143,9 @@ class ProgressiveCompressor(Compressor):
     def set_importance(
         self, strength: float, directions: Tensor | None = None
     ) -> None:
-        """Say how much importance counts, and what makes a token important.
-
-        Args:
-            strength (float): Against similarity, 0 for not at all.
-            directions (Tensor, optional): Of
-                :class:`~pm_seg.core.importance.ImportanceFitter`, (L, C).
-                Defaults to what there is.
+        """Say how much importance counts against similarity, 0 for not at
+        all, and what makes a token important, (L, C), see
+        :class:`~pm_seg.core.importance.ImportanceFitter`.
         """
         if directions is not None:
             self.importance.copy_(directions)
@@ -221,20 +190,17 @@ class ProgressiveCompressor(Compressor):
         outputs: Collection[int],
         extra: Tensor | None,
     ) -> Outputs:
-        chain, collected = Chain(x, self.shape.num_prefix, extra), {}
+        chain = Chain(x, self.shape.num_prefix, extra, self.size_aware)
+        collected = {}
         for index, (layer, left) in enumerate(zip(layers, self.tokens(grid))):
+            compared = chain.x
             if self.schedule.between:
-                keys = chain.x
-                chain.x = layer.attend(
-                    keys, self._log_size(chain), *chain.extra_of(index)
-                )
-                self._shrink(chain, index, left, layer, grid, keys)
+                chain.x = layer.attend(*chain.inputs_of(index))
+                self._shrink(chain, index, left, layer, grid, compared)
                 chain.x = layer.feed_forward(chain.x)
             else:
                 self._shrink(chain, index, left, layer, grid)
-                chain.x = layer(
-                    chain.x, self._log_size(chain), *chain.extra_of(index)
-                )
+                chain.x = layer(*chain.inputs_of(index))
             if self.observer is not None:
                 groups = chain.groups()
                 self._observe(index, groups and groups.place, grid)
@@ -243,9 +209,6 @@ class ProgressiveCompressor(Compressor):
             if index in outputs:
                 collected[index] = last
         return Outputs(last, collected, chain.groups())
-
-    def _log_size(self, chain: Chain) -> Tensor | None:
-        return chain.log_size if self.size_aware else None
 
     def _shrink(
         self,
@@ -256,10 +219,8 @@ class ProgressiveCompressor(Compressor):
         grid: Grid,
         compared: Tensor | None = None,
     ) -> None:
-        """Merge down to ``left`` tokens, half of them at most at a time.
-
-        Windows merge all at once. What is compared are the tokens themselves,
-        or, where the layer's attention changed them already, those before it.
+        """Merge down to ``left`` tokens, half of them at most at a time,
+        comparing them as they are, or as they were before attention.
         """
         while chain.tokens > left:
             merge = self._match(
@@ -275,27 +236,21 @@ class ProgressiveCompressor(Compressor):
     def _match(
         self, x: Tensor, count: int, index: int, layer: Layer, grid: Grid
     ) -> Merge:
-        """Which tokens merge; found in full precision, as far as x has it."""
+        """Which tokens merge; found in full precision, as far as x has it:
+        under autocast tokens may come in half precision, or weights be.
+        """
         prefix = self.shape.num_prefix
-        # Under autocast tokens may come in half precision, or weights be.
         patches = x[:, prefix:].to(self.gain.dtype)
         with full_precision(x):
-            if self.compare == 'keys':
-                metric = layer.mean_keys(patches)
-            elif self.compare == 'sketch':
-                metric = sketch(patches, self.signs)
-            else:
-                metric = patches
-            weight = None
+            found = COMPARES[self.compare].find(patches, layer, self.signs)
+            metric, weight = found.float(), None
             if self._strength:
-                weight = F.layer_norm(patches.float(), patches.shape[2:])
-                weight = (weight * self.importance[index]).sum(2)
-                weight = weight - weight.mean(1, keepdim=True)
-                weight = (self._strength * weight).exp()
+                direction = self._strength * self.importance[index]
+                weight = predicted_scores(patches, direction)
             if self.schedule.in_windows(index):
                 windows = count // (WINDOW - 1)
-                return match_windows(metric.float(), windows, grid, prefix)
-            return match(metric.float(), count, prefix, weight)
+                return match_windows(metric, windows, grid, prefix)
+            return match(metric, count, prefix, weight)
 
     def extra_repr(self) -> str:
         return (

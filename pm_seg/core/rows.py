@@ -60,11 +60,8 @@ def add_rows(
 
 
 def extra_of(extra: Tensor | None, layer: int) -> tuple[Tensor, ...]:
-    """What a layer on all tokens gets beside them, (N, E) or (heads, N, E).
-
-    Args:
-        extra (Tensor, optional): (N, E), or (L, heads, N, E).
-        layer (int): Its index.
+    """What a layer on all tokens gets beside them: (N, E), or its part of
+    (L, heads, N, E).
     """
     if extra is None:
         return ()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
-from .compressor import EncoderShape, LayerLoad, check_share
+from .compressor import EncoderShape, LayerLoad, check_option, check_share
 from .merging import Grid
 from .windows import WINDOW
 
@@ -19,15 +20,14 @@ def power_shares(
     """Fewer tokens from layer to layer, smoothly.
 
     ``1 - strength ((l - first + 1) / (depth - first))^power`` of the tokens
-    in layer l >= first, not below ``FLOOR``. Large single steps are worse: a
-    schedule from losses of single layers had three times the error.
+    in layer l >= first, not below ``FLOOR``; a power below 1 merges more in
+    early layers. Large single steps are worse: a schedule from losses of
+    single layers had three times the error.
 
     Args:
         strength (float): >= 0; 0 keeps all tokens.
         depth (int): Number of layers, L.
-        power (float): Below 1 merges more in early layers, above 1 in late
-            ones.
-        first (int): First layer that works on fewer tokens.
+        power, first: See :class:`Schedule`.
 
     Returns:
         list[float]: Share of the patch tokens of each layer.
@@ -77,8 +77,8 @@ def merging_layers(shares: Sequence[float], step: float) -> list[int]:
     A merge costs as much for few tokens as for many.
 
     Args:
-        shares (Sequence[float]): Share of the patch tokens of each layer, of
-            a schedule in which every layer may merge.
+        shares (Sequence[float]): Share of the patch tokens of each layer, if
+            every layer may merge.
         step (float): Least share of the tokens there are that merges at once.
 
     Returns:
@@ -100,7 +100,7 @@ class Schedule:
         shape (EncoderShape): The transformer.
         kind (str): Key of ``SCHEDULES``.
         power (float): See :func:`power_shares`.
-        first (int): See :func:`power_shares`.
+        first (int): First layer that works on fewer tokens.
         step (float): See :func:`merging_layers`.
         between (bool): Whether layers merge between attention and MLP.
         compared (int): Channels that tokens are compared in.
@@ -115,6 +115,14 @@ class Schedule:
     between: bool
     compared: int
     found: int
+
+    def __post_init__(self) -> None:
+        check_option('schedule', self.kind, tuple(SCHEDULES))
+        check_option('first', self.first, range(self.shape.depth))
+        if not isinstance(self.power, Real) or not self.power > 0:
+            raise ValueError(f'power={self.power!r} must be a number above 0')
+        if not isinstance(self.step, Real) or not 0 <= self.step < 1:
+            raise ValueError(f'step={self.step!r} must be a number in [0, 1)')
 
     def solve(self, keep: float) -> list[float]:
         """Shares of the patch tokens for a share of the dense layers' MACs.

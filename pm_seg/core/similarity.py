@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compressor import Layer
 from .merging import Merge
 
 SKETCH = 64  # channels that tokens are compared in
@@ -20,10 +24,8 @@ def sketch_dims(dims: int) -> int:
 
 
 def sketch(x: Tensor, signs: Tensor) -> Tensor:
-    """Fold channels onto each other with random signs (a count sketch).
-
-    Scalar products stay what they were in expectation, at a fraction of
-    the cost.
+    """Fold channels onto each other with random signs (a count sketch), which
+    leaves scalar products as they were in expectation.
 
     Args:
         x (Tensor): (B, T, C).
@@ -38,6 +40,35 @@ def sketch(x: Tensor, signs: Tensor) -> Tensor:
     return folded.sum(2, dtype=torch.float32)
 
 
+class Comparison(NamedTuple):
+    """Something that tokens are compared by.
+
+    Attributes:
+        find (Callable): From tokens (B, T, C), the layer they are for and
+            the signs of sketches: (B, T, D).
+        cost (Callable): From C and the channels of a key: D, and the MACs
+            to find it of one token.
+    """
+
+    find: Callable[[Tensor, Layer, Tensor], Tensor]
+    cost: Callable[[int, int], tuple[int, int]]
+
+
+COMPARES = {
+    'sketch': Comparison(
+        lambda x, layer, signs: sketch(x, signs),
+        lambda dims, key_dims: (sketch_dims(dims), dims),
+    ),
+    'keys': Comparison(
+        lambda x, layer, signs: layer.mean_keys(x),
+        lambda dims, key_dims: (key_dims, dims * key_dims),
+    ),
+    'tokens': Comparison(
+        lambda x, layer, signs: x, lambda dims, key_dims: (dims, 0)
+    ),
+}
+
+
 def match(
     metric: Tensor,
     count: int,
@@ -46,11 +77,10 @@ def match(
 ) -> Merge:
     """Merge the ``count`` most similar pairs of an even and an odd token.
 
-    The bipartite matching of Bolya et al., "Token Merging: Your ViT But
-    Faster", ICLR 2023.
-
     Every even token is paired with the odd token it differs least from, by
-    ``(1 - cosine) * weight * weight of the other``. Several may go to one.
+    ``(1 - cosine) * weight * weight of the other``; several may go to one
+    (the bipartite matching of Bolya et al., "Token Merging: Your ViT But
+    Faster", ICLR 2023).
 
     Args:
         metric (Tensor): What tokens are compared by, float32, (B, T, D).

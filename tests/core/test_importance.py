@@ -62,6 +62,24 @@ def test_the_direction_of_a_log_linear_score_is_found(frozen: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
 
 
+def test_many_channels_on_several_threads() -> None:
+    """Sizes of a real model: there torch.linalg.solve failed in torch 2.14."""
+    threads = torch.get_num_threads()
+    blocks = [nn.Identity() for _ in range(12)]
+    fitter = ImportanceFitter(blocks, blocks, PREFIX, 192)
+    known = torch.randn(12, 300, 192, dtype=torch.float64)
+    expected = torch.randn(12, 192, dtype=torch.float64)
+    fitter.gram = known.mT @ known
+    fitter.cross = (fitter.gram @ expected.unsqueeze(2)).squeeze(2)
+    fitter.ridge = 0.0
+    torch.set_num_threads(2)
+    try:
+        found = fitter.directions()
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found, expected.float())
+
+
 def test_ridge_shrinks_what_is_found() -> None:
     directions = 0.3 * torch.randn(1, DIMS)
     batches = [torch.randn(2, PREFIX + TOKENS, DIMS)]

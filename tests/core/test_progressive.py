@@ -15,7 +15,7 @@ from pm_seg.core import (
     match,
     run_dense,
 )
-from pm_seg.core.progressive import COMPARES
+from pm_seg.core.similarity import COMPARES
 
 GRID = (4, 6)
 

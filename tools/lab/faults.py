@@ -184,9 +184,9 @@ FAULTS = (
         'if cost(shares(middle)) > 1.05 * budget:', ('test_schedule',),
     ),
     Fault(
-        'progressive', 'attention does not know sizes',
-        'chain.x, self._log_size(chain), *chain.extra_of(index)',
-        'chain.x, None, *chain.extra_of(index)', RUN,
+        'merging', 'attention does not know sizes',
+        'return self.x, self.log_size, *self._extra_of(layer)',
+        'return self.x, None, *self._extra_of(layer)', RUN,
     ),
     Fault(
         'progressive', 'outputs on the way stay merged',
