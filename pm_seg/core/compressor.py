@@ -159,7 +159,7 @@ class Compressor(nn.Module):
 
     def leave_merged(self) -> None:
         """Say that prefix tokens alone are read: patch tokens may stay merged
-        in the outputs."""
+        in the outputs, and leave before the last MLP."""
 
     @property
     def compressed(self) -> bool:

@@ -100,7 +100,7 @@ class ProgressiveCompressor(Compressor):
         self.register_buffer('strength', torch.zeros(()))
         self.register_buffer('power', torch.tensor(power))
         self.register_buffer('settled', torch.tensor(False))
-        self._settled, self._whole = False, True
+        self._settled = False
         self.has_importance, self._strength = False, 0.0
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (dims,), generator=generator, device='cpu')
@@ -136,8 +136,8 @@ class ProgressiveCompressor(Compressor):
         self._settled = True
 
     def leave_merged(self) -> None:
-        self._whole = False
-        self.gain.requires_grad_(False)
+        self.schedule = replace(self.schedule, whole=False)
+        self.set_keep(self.keep)
 
     @torch.no_grad()
     def set_importance(
@@ -166,7 +166,7 @@ class ProgressiveCompressor(Compressor):
     @property
     def has_gain(self) -> bool:
         """Whether updates are restored, so that gains play a part."""
-        return self.restore == 'residual' and self._whole
+        return self.restore == 'residual' and self.schedule.whole
 
     @property
     def calibrates(self) -> bool:
@@ -200,12 +200,17 @@ class ProgressiveCompressor(Compressor):
                 chain.x = layer.feed_forward(chain.x)
             else:
                 self._shrink(chain, index, left, layer, grid)
-                chain.x = layer(*chain.inputs_of(index))
+                if self.schedule.ends_early(index, bool(chain.steps)):
+                    x = layer.attend(*chain.inputs_of(index))
+                    chain.x = layer.feed_forward(x[:, : chain.num_prefix])
+                else:
+                    chain.x = layer(*chain.inputs_of(index))
             if self.observer is not None:
                 groups = chain.groups()
                 self._observe(index, groups and groups.place, grid)
             if index in outputs or index == len(layers) - 1:
-                last = chain.restored(self.restore) if self._whole else chain.x
+                whole = self.schedule.whole
+                last = chain.restored(self.restore) if whole else chain.x
             if index in outputs:
                 collected[index] = last
         return Outputs(last, collected, chain.groups())

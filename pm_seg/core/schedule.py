@@ -105,6 +105,8 @@ class Schedule:
         between (bool): Whether layers merge between attention and MLP.
         compared (int): Channels that tokens are compared in.
         found (int): MACs to find these of one token.
+        whole (bool): Whether patch tokens are read at the end; otherwise the
+            last layer's MLP works on none, unless nothing merges at all.
     """
 
     shape: EncoderShape
@@ -115,6 +117,7 @@ class Schedule:
     between: bool
     compared: int
     found: int
+    whole: bool = True
 
     def __post_init__(self) -> None:
         check_option('schedule', self.kind, tuple(SCHEDULES))
@@ -205,7 +208,9 @@ class Schedule:
         before, prefix, dims = shape.num_tokens, shape.num_prefix, shape.dims
         for layer, after in enumerate(self.tokens(shares, shape.grid)):
             attended = before if self.between else after
-            macs = shape.cost(prefix + attended, prefix + after)
+            merged = after < shape.num_tokens
+            kept = 0 if self.ends_early(layer, merged) else after
+            macs = shape.cost(prefix + attended, prefix + kept)
             while before > after:
                 merged = self.at_once(layer, before, after)
                 pairs = (before // 2) * -(-before // 2)
@@ -215,8 +220,13 @@ class Schedule:
                 rows = prefix + before + 2 * merged + prefix + before
                 macs += rows * (dims + shape.extra_dims)
                 before -= merged
-            loads.append(LayerLoad(attended, after, macs))
+            loads.append(LayerLoad(attended, kept, macs))
         return loads
+
+    def ends_early(self, layer: int, merged: bool) -> bool:
+        """Whether the MLP of a layer works on prefix tokens alone."""
+        last = layer == self.shape.depth - 1
+        return last and merged and not (self.whole or self.between)
 
 
 def solve(

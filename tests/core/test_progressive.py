@@ -34,6 +34,42 @@ def recorded(compressor, layers, x: Tensor, grid=GRID) -> list[Tensor]:
 # ----------------------------------------------------------------- exactness
 
 
+@pytest.mark.parametrize('kind', ['pm', 'tome'])
+@torch.no_grad()
+def test_the_last_mlp_works_on_what_is_read(kind: str) -> None:
+    """On prefix tokens alone if no others are; peers are as published."""
+    shape = shape_of(num_prefix=2)
+    layers, compressor = make({**KINDS[kind], 'keep': 0.6}, shape)
+    shares = compressor.shares.clone()
+    compressor.leave_merged()
+    kept = [load.kept for load in compressor.loads()]
+    assert compressor.share <= 0.6 and compressor.keep == 0.6
+    assert not compressor.gain.requires_grad
+    x = torch.randn(2, 26, 24)
+    seen = []
+    layers[-1].mlp.register_forward_hook(
+        lambda module, args, out: seen.append(out.shape[1] - 2)
+    )
+    found = compressor.run(layers, x, GRID, outputs=(1, 3))
+    assert seen == kept[-1:]
+    assert torch.equal(found.last, found.layers[3])
+    if kind == 'tome':
+        assert kept[-1] > 0 and torch.equal(compressor.shares, shares)
+        return
+    assert kept[-1] == 0 and kept[-2] > 0
+    assert (compressor.shares >= shares).all(), 'others keep more for it'
+    assert (compressor.shares > shares).any()
+    # The same merges, with the whole of the last layer.
+    _, other = make({**KINDS[kind], 'keep': 0.6}, shape)
+    other._shares = compressor._shares
+    expected = other.run(layers, x, GRID).last[:, :2]
+    torch.testing.assert_close(found.last[:, :2], expected)
+    with_all, compressor = make({**KINDS[kind], 'keep': 1.0}, shape)
+    compressor.leave_merged()
+    dense = run_dense(with_all, x).last
+    assert torch.equal(compressor.run(with_all, x, GRID).last, dense)
+
+
 @pytest.mark.parametrize('compare', COMPARES)
 @pytest.mark.parametrize('restore', ['residual', 'replace'])
 @pytest.mark.parametrize('between', [False, True])
