@@ -126,9 +126,11 @@ class StaticCompressor(Compressor):
         super()._load_from_state_dict(*args, **kwargs)
         self._counts = []
         if not self.group.is_meta and (self.group != PRUNED).any():
-            self._counts = count_groups(
-                self.group, self.layers, self.num_groups
-            )
+            # What full matrices merge is not for the groups to say.
+            layers = [] if self.dense else self.layers
+            self._counts = count_groups(self.group, layers, self.num_groups)
+            for layer, count in zip(self.layers, self.num_groups):
+                self._counts[layer] = count
 
     def _apply(self, *args, **kwargs) -> StaticCompressor:
         """Move or cast; scores, which fp16 would round to 0, stay float32."""
