@@ -61,11 +61,10 @@ for _stand_in, _module, _name in (
 def allow_training_state() -> None:
     """Let weights-only loading read what training scripts save beside them.
 
-    Since torch 2.6 ``torch.load`` reads weights only, and mmengine 0.10.7
-    cannot resume: its checkpoints hold logged scalars as ``HistoryBuffer``
-    with numpy arrays. Other scripts of this field save their arguments; a
-    namespace is a bag of attributes and its unpickling sets nothing else.
-    These few types are allowed; code is still refused.
+    mmengine's checkpoints hold logged scalars as ``HistoryBuffer`` with numpy
+    arrays: mmengine 0.10.7 cannot resume with torch 2.6, which reads weights
+    only. Other scripts save their arguments; a namespace is a bag of
+    attributes and its unpickling sets nothing else. Code is still refused.
     """
     multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
     kinds = np.float32, np.float64, np.int32, np.int64, np.uint32
@@ -102,14 +101,15 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _check_archive(path: str | Path) -> None:
+def _check_archive(path: str | Path, required: bool = False) -> None:
     """Compare the checksums of a zip file, which torch does not.
 
-    Files of the format before torch 1.6 are no zip files and pass.
+    Files of the format before torch 1.6 are no zip files and pass, unless it
+    is ``required``.
     """
-    if not zipfile.is_zipfile(path):
+    if not required and not zipfile.is_zipfile(path):
         return
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive:  # fails on what is none
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
@@ -151,19 +151,13 @@ def explained(path: Path, trust: str) -> Iterator[None]:
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict:
-    """Read a checkpoint as mmengine's loader of local files, without code.
+    """Read a local checkpoint for mmengine, without code.
 
-    Takes the place of mmengine's loader when pm_seg is imported. The
+    Takes the place of mmengine's loader, see :func:`use_safe_loading`. The
     maintained mmengine reads everything, code included, if reading weights
     alone fails, and every mmengine runs a ``config`` it finds in a
-    checkpoint's meta data when it resumes. Here code is refused and that
-    entry is dropped. Setting the environment variable
-    ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``, which is torch's own, gives
-    trusted files the old treatment.
-
-    Args:
-        filename (str): Path of the checkpoint.
-        map_location: See :func:`torch.load`.
+    checkpoint's meta data when it resumes: that entry is dropped. Trusted
+    files may hold code, see ``TRUST``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -231,11 +225,8 @@ def latest_intact_checkpoint(
 def _fault(path: Path, finite: bool) -> str | None:
     """What keeps a run from going on from a checkpoint, if anything."""
     try:
-        whole = zipfile.is_zipfile(path)
-        _check_archive(path)
+        _check_archive(path, required=True)
     except (zipfile.BadZipFile, OSError):
-        whole = False
-    if not whole:
         return 'not a whole checkpoint'
     state = read_checkpoint(path).get('state_dict', {}) if finite else {}
     for key, value in state.items():
