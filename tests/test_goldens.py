@@ -14,7 +14,7 @@ from foreign import build_classifier, build_segmentor, close
 from helpers import shared_path
 from torch import Tensor
 
-from pm_seg.convert import CONVERTERS, Converted, Hints, read_source
+from pm_seg.convert import CONVERTERS, Converted, read_source
 from pm_seg.core import (
     EncoderShape,
     LayerCost,
@@ -36,13 +36,13 @@ def restructure(
     kind: str, name: str, grid: Grid, options: dict
 ) -> tuple[Converted, StaticCompressor]:
     """Convert a golden and build its structure from its scores."""
-    source = read_source(shared_path(name))
-    converted = CONVERTERS[kind](source.state, Hints.of(source))
+    state, hints = read_source(shared_path(name))
+    converted = CONVERTERS[kind](state, hints)
     state = converted.state_dict
     dims = state['backbone.pos_embed'].shape[2]
     shape = EncoderShape(12, grid, 1, dims, dims, LayerCost(1, 1, 1))
     compressor = make_compressor(options, shape)
-    compressor.set_scores(source.facts['scores'])
+    compressor.set_scores(hints.facts['scores'])
     for key in [key for key in state if '.compressor.' in key]:
         del state[key]
     for key, value in compressor.state_dict().items():

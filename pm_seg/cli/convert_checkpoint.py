@@ -5,15 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..convert import (
-    CONVERTERS,
-    ConversionError,
-    Hints,
-    read_source,
-    write_converted,
-)
-from ..convert.hints import pair
-from ..convert.results import NORMALIZATIONS, targets
+from ..convert import CONVERTERS, read_source, write_converted
+from ..convert.results import NORMALIZATIONS
+from ..convert.sources import pair
+from ..utils.checkpoints import CheckpointError
 from ..utils.quiet import quiet_warnings
 from .common import check_environment, check_output
 from .parser import command, make_parser
@@ -74,21 +69,30 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_warnings()
     check_environment()
-    check_output(args.output)
+    targets = [Path(args.output), Path(args.output).with_suffix('.py')]
+    if targets[0].suffix != '.pth':
+        raise SystemExit(
+            f'Cannot write {args.output}: expected a name that ends in .pth'
+        )
+    for target in targets:
+        check_output(target)
     try:
-        source = read_source(args.input)
-        targets(args.output, args.input)
-        hints = Hints.of(
-            source,
+        state, hints = read_source(
+            args.input,
             num_heads=args.num_heads,
             img_size=args.img_size and pair(args.img_size),
             normalization=args.normalization,
-            name=Path(args.input).name,
         )
-        converted = CONVERTERS[args.kind](source.state, hints)
+        for target in targets:
+            if target.exists() and target.samefile(args.input):
+                raise SystemExit(
+                    f'Cannot write {target}: it is the input; choose another '
+                    'output'
+                )
+        converted = CONVERTERS[args.kind](state, hints)
         origin = f'{args.kind} {Path(args.input).name}'
         config = write_converted(converted, args.output, origin)
-    except (ConversionError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         raise SystemExit(f'Cannot convert {args.input}: {error}') from None
     for note in converted.notes:
         print(f'Note: {note}')

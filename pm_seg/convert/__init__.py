@@ -2,18 +2,18 @@
 
 Each converter is a function of a state dict and of :class:`Hints` about what
 weights do not say, and returns :class:`Converted`: a state dict with our keys
-and the config of the model that loads it.
+and the config of the model that loads it. What cannot be converted raises
+``pm_seg.utils.checkpoints.CheckpointError``.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from .hints import Hints
 from .prune_merge import convert_pm_segmenter, convert_pm_vit
 from .results import Converted, write_converted
 from .segmenter import convert_segmenter
-from .sources import ConversionError, Source, read_source
+from .sources import Hints, read_source
 from .timm import convert_timm
 
 #: What ``tools/convert_checkpoint.py`` can read.
@@ -26,10 +26,8 @@ CONVERTERS: dict[str, Callable[[dict[str, Tensor], Hints], Converted]] = {
 
 __all__ = [
     'CONVERTERS',
-    'ConversionError',
     'Converted',
     'Hints',
-    'Source',
     'convert_pm_segmenter',
     'convert_pm_vit',
     'convert_segmenter',

@@ -7,7 +7,7 @@ share them (``patch_embed.proj``, ``blocks.0.attn.qkv``, ...).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,10 +17,9 @@ from typing import Any
 from mmengine.registry import DefaultScope
 from torch import Tensor
 
-from .hints import Hints
-from .sources import ConversionError
+from ..utils.checkpoints import CheckpointError
+from .sources import Hints
 
-_BLOCK = re.compile(r'blocks\.(\d+)\.')
 _HEAD_DIMS = 64
 
 #: (embed_dims, num_layers, feedforward_channels): (mmpretrain's name, heads).
@@ -46,14 +45,25 @@ _NAMES = (
     ('.projection', '.proj'),
 )
 
-
-def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Entries below a prefix, without it."""
-    return {
-        key.removeprefix(prefix): value
-        for key, value in state.items()
-        if key.startswith(prefix)
-    }
+#: What a checkpoint of something else is by the start of a key of it.
+_FOREIGN = (
+    (
+        'encoder.blocks.',
+        "it looks like a Segmenter: use the kind 'segmenter', or if it has "
+        "merge matrices use the kind 'pm-segmenter'",
+    ),
+    (
+        'backbone.',
+        'it looks like an OpenMMLab checkpoint, which loads as it is: change '
+        "the type in its config to 'PMVisionTransformer'",
+    ),
+    (
+        'Transformer/',
+        'it has the names of the JAX original: load it with timm and save '
+        "the weights, torch.save(model.state_dict(), 'vit.pth')",
+    ),
+    ('blocks.', 'it seems to be incomplete: download or copy it again'),
+)
 
 
 def shape_of(
@@ -62,50 +72,27 @@ def shape_of(
     """Shape of an entry that sizes are taken from.
 
     Raises:
-        ConversionError: If it is not there or does not have ``dims``
+        CheckpointError: If it is not there or does not have ``dims``
             dimensions of at least 1.
     """
     if key not in state:
-        raise ConversionError(_foreign(list(state), what, key))
+        advice = (
+            text
+            for start, text in _FOREIGN
+            if any(name.startswith(start) for name in state)
+        )
+        raise CheckpointError(
+            f'this is no {what} checkpoint: expected {key}, got '
+            f'{", ".join(list(state)[:4])}{", ..." * (len(state) > 4)}; '
+            + next(advice, 'only plain Vision Transformers can be converted')
+        )
     shape = tuple(state[key].shape)
     if len(shape) != dims or 0 in shape:
-        raise ConversionError(
+        raise CheckpointError(
             f'{key} has shape {shape}, expected {dims} dimensions; this is '
             f'no {what} checkpoint or a damaged one'
         )
     return shape
-
-
-def _foreign(keys: list[str], what: str, expected: str) -> str:
-    """Message for a checkpoint of something else, with a guess at what."""
-    starts = {key.split('.')[0].split('/')[0] for key in keys}
-    if any(key.startswith('encoder.blocks.') for key in keys) and (
-        'decoder' in starts
-    ):
-        kind = 'pm-segmenter' if _has_matrices(keys) else 'segmenter'
-        advice = f'it looks like a Segmenter: use the kind {kind!r}'
-    elif 'backbone' in starts:
-        advice = (
-            'it looks like an OpenMMLab checkpoint, which loads as it is: '
-            "change the type in its config to 'PMVisionTransformer'"
-        )
-    elif 'Transformer' in starts:
-        advice = (
-            'it has the names of the JAX original: load it with timm and '
-            "save the weights, torch.save(model.state_dict(), 'vit.pth')"
-        )
-    elif starts & {'blocks', 'patch_embed', 'pos_embed'}:
-        advice = 'it seems to be incomplete: download or copy it again'
-    else:
-        advice = 'only plain Vision Transformers can be converted'
-    return (
-        f'this is no {what} checkpoint: expected {expected}, got '
-        f'{", ".join(keys[:4])}{", ..." if len(keys) > 4 else ""}; {advice}'
-    )
-
-
-def _has_matrices(keys: Iterable[str]) -> bool:
-    return any(key.endswith('.merge_matrix') for key in keys)
 
 
 @dataclass(frozen=True)
@@ -113,24 +100,22 @@ class Geometry:
     """Sizes of a Vision Transformer.
 
     Attributes:
-        embed_dims, num_layers, num_heads, hidden_dims (int): C, depth, heads
-            and channels of the feed-forward layers.
+        embed_dims, num_layers, hidden_dims, num_heads (int): C, depth,
+            channels of the feed-forward layers, heads.
         patch_size, in_channels (int): Of the patch embedding.
         img_size (tuple[int, int]): What the position embedding is for.
         num_prefix (int): 1, or 2 with a distillation token.
-        qkv_bias (bool): Whether queries, keys and values have a bias.
         embeds_prefix (bool): Whether prefix tokens have positions.
     """
 
     embed_dims: int
     num_layers: int
-    num_heads: int
     hidden_dims: int
+    num_heads: int
     patch_size: int
     in_channels: int
     img_size: tuple[int, int]
     num_prefix: int
-    qkv_bias: bool
     embeds_prefix: bool
 
     @property
@@ -141,23 +126,17 @@ class Geometry:
 
 
 def read_geometry(
-    state: Mapping[str, Tensor],
-    hints: Hints,
-    what: str,
-    patch_positions: bool = False,
+    state: Mapping[str, Tensor], hints: Hints, what: str
 ) -> Geometry:
     """Sizes of the Vision Transformer that a state dict is of.
 
     Args:
         state (dict[str, Tensor]): With timm's names.
-        hints (Hints): Overrides; checked against the shapes.
+        hints (Hints): Override what is guessed; checked against the shapes.
         what (str): What was expected, for messages.
-        patch_positions (bool): Whether the position embedding may be for
-            patch tokens alone, as in some of timm's models (DeiT III).
-            Taken for that where only this gives a square. Defaults to False.
 
     Raises:
-        ConversionError: If it is none, or its image size or number of heads
+        CheckpointError: If it is none, or its image size or number of heads
             cannot be known.
     """
     shape_of(state, 'cls_token', 3, what)
@@ -167,84 +146,48 @@ def read_geometry(
     )
     hidden = shape_of(state, 'blocks.0.mlp.fc1.weight', 2, what)[0]
     if patch != across:
-        raise ConversionError(
+        raise CheckpointError(
             f'patches of {patch}x{across} pixels are not square; only square '
             'ones can be converted'
         )
-    layers = count_blocks(state, what)
     num_prefix = 1 + ('dist_token' in state)
-    if hints.img_size is not None:
-        height, width = hints.img_size
-        alone = (height // patch) * (width // patch) == length
+    # Some of timm's models (DeiT III) have positions of patches alone.
+    for patches in (length - num_prefix, length):
+        side = isqrt(max(patches, 0)) * patch
+        height, width = hints.img_size or (side, side)
+        found = (height // patch) * (width // patch)
+        if 0 < found == patches:
+            break
     else:
-        alone = _is_square(length) and not _is_square(length - num_prefix)
-    embeds_prefix = not (patch_positions and alone)
-    patches = length - num_prefix * embeds_prefix
+        raise CheckpointError(
+            f'the position embedding is for {length - num_prefix} patches of '
+            f'{patch}x{patch} pixels, an image of {height}x{width} has '
+            f'{found}; give the --img-size HEIGHT WIDTH it was trained with'
+        )
+    sizes = (embed_dims, count_blocks(state), hidden)
+    heads = hints.num_heads
+    if heads is None:
+        heads = ARCHS[sizes][1] if sizes in ARCHS else embed_dims / _HEAD_DIMS
+    if heads < 1 or heads != int(heads) or embed_dims % heads:
+        raise CheckpointError(
+            f'{embed_dims} channels cannot be split into {heads:g} heads; '
+            'weights do not say how many there are: give --num-heads'
+        )
     return Geometry(
-        embed_dims=embed_dims,
-        num_layers=layers,
-        num_heads=_find_heads((embed_dims, layers, hidden), hints.num_heads),
-        hidden_dims=hidden,
+        *sizes,
+        num_heads=int(heads),
         patch_size=patch,
         in_channels=in_channels,
-        img_size=_find_img_size(patches, patch, hints.img_size),
+        img_size=(height, width),
         num_prefix=num_prefix,
-        qkv_bias='blocks.0.attn.qkv.bias' in state,
-        embeds_prefix=embeds_prefix,
+        embeds_prefix=patches < length,
     )
 
 
-def count_blocks(state: Mapping[str, Tensor], what: str) -> int:
-    """Number of ``blocks.*``.
-
-    Raises:
-        ConversionError: If they are not numbered without gaps from 0.
-    """
-    found = {int(m[1]) for m in map(_BLOCK.match, state) if m}
-    if not found or max(found) + 1 != len(found):
-        raise ConversionError(
-            f'got the blocks {sorted(found)} of a {what}, expected 0, 1, 2, '
-            '... without gaps; the file is incomplete: copy it again'
-        )
-    return len(found)
-
-
-def _is_square(count: int) -> bool:
-    return count > 0 and isqrt(count) ** 2 == count
-
-
-def _find_heads(sizes: tuple[int, int, int], given: int | None) -> int:
-    dims = sizes[0]
-    heads = given
-    if heads is None:
-        heads = ARCHS[sizes][1] if sizes in ARCHS else dims / _HEAD_DIMS
-    if heads < 1 or heads != int(heads) or dims % heads:
-        raise ConversionError(
-            f'{dims} channels cannot be split into {heads:g} heads; weights '
-            'do not say how many there are: give --num-heads'
-        )
-    return int(heads)
-
-
-def _find_img_size(
-    patches: int, patch: int, given: tuple[int, int] | None
-) -> tuple[int, int]:
-    if given is None:
-        if not _is_square(patches):
-            raise ConversionError(
-                f'the position embedding is for {patches} patches, which '
-                'form no square; give --img-size HEIGHT WIDTH'
-            )
-        return isqrt(patches) * patch, isqrt(patches) * patch
-    height, width = given
-    expected = (height // patch) * (width // patch)
-    if expected != patches:
-        raise ConversionError(
-            f'the position embedding is for {patches} patches of '
-            f'{patch}x{patch} pixels, an image of {height}x{width} has '
-            f'{expected}; give the --img-size the model was trained with'
-        )
-    return height, width
+def count_blocks(state: Mapping[str, Tensor]) -> int:
+    """Number of ``blocks.*``; :func:`rename` finds gaps in them."""
+    found = (re.match(r'blocks\.(\d+)\.', key) for key in state)
+    return len({match[1] for match in found if match})
 
 
 def rename(
@@ -268,7 +211,7 @@ def rename(
         ignored (tuple[str, ...]): Prefixes of entries that may be dropped.
 
     Raises:
-        ConversionError: On missing, misshapen or unexpected entries.
+        CheckpointError: On missing, misshapen or unexpected entries.
     """
     with DefaultScope.overwrite_default_scope(scope):
         models = import_module(f'{scope}.registry').MODELS
@@ -294,19 +237,18 @@ def rename(
         for key in state
         if key not in known and not key.startswith(ignored)
     ]
-    if problems and _has_matrices(state):
-        raise ConversionError(
+    if problems and any(key.endswith('.merge_matrix') for key in state):
+        raise CheckpointError(
             f'this {what} has merge matrices: it is compressed; use the kind '
             "'pm-vit' for a classifier or 'pm-segmenter'"
         )
     if problems:
-        shown = '\n  '.join(problems[:12])
-        more = len(problems) - 12
-        raise ConversionError(
+        shown, more = '\n  '.join(problems[:12]), len(problems) - 12
+        shown += f'\n  ... and {more} more' * (more > 0)
+        raise CheckpointError(
             f'this is no {what} checkpoint, a damaged one or one of a variant '
-            f'that is not supported:\n  {shown}'
-            + (f'\n  ... and {more} more' if more > 0 else '')
-            + '\nDownload or copy it again if entries are missing; with '
-            'unexpected ones the model differs from the plain architecture'
+            f'that is not supported:\n  {shown}\nDownload or copy it again if '
+            'entries are missing; with unexpected ones the model differs from '
+            'the plain architecture'
         )
     return renamed

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..utils.files import whole_files
 from ..version import __version__
 from .keys import Geometry
-from .sources import ConversionError
 
 #: Pixel mean and standard deviation, RGB.
 NORMALIZATIONS = {
@@ -51,40 +50,6 @@ class Converted:
     dataset_meta: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """A self-contained config."""
-        return dict(
-            custom_imports=dict(imports=['pm_seg']),
-            default_scope=self.scope,
-            data_preprocessor=self.model['data_preprocessor'],
-            model=self.model,
-        )
-
-
-def targets(out: str | Path, source: str | Path = '') -> list[Path]:
-    """Config and checkpoint that ``out`` stands for.
-
-    Raises:
-        ConversionError: If ``out`` does not end in .pth, or one of them is a
-            folder or the file to convert.
-    """
-    out = Path(out)
-    if out.suffix != '.pth':
-        raise ConversionError(
-            f'cannot write {out}: expected a name that ends in .pth'
-        )
-    for target in (out.with_suffix('.py'), out):
-        if target.is_dir():
-            raise ConversionError(
-                f'{target} is a folder; choose another name to write to'
-            )
-        if source and target.exists() and target.samefile(source):
-            raise ConversionError(
-                f'{target} is the input; choose another output'
-            )
-    return [out.with_suffix('.py'), out]
-
 
 def write_converted(
     converted: Converted, out: str | Path, origin: str
@@ -93,26 +58,27 @@ def write_converted(
 
     Args:
         converted (Converted): What to write.
-        out (str | Path): The checkpoint, ``*.pth``.
+        out (str | Path): The checkpoint, ``*.pth``; the config is beside it.
         origin (str): Where it comes from, kept in both files.
 
     Returns:
         Path: The config.
-
-    Raises:
-        ConversionError: See :func:`targets`.
-        OSError: If it cannot be written.
     """
-    files = targets(out)
-    text = Config(converted.config).pretty_text
-    text = f'# Converted by pm_seg from {origin}.\n{text}'
-    meta: dict[str, Any] = dict(
-        cfg=text, converted_from=origin, pm_seg_version=__version__
+    config = Config(
+        dict(
+            custom_imports=dict(imports=['pm_seg']),
+            default_scope=converted.scope,
+            data_preprocessor=converted.model['data_preprocessor'],
+            model=converted.model,
+        )
     )
+    text = f'# Converted by pm_seg from {origin}.\n{config.pretty_text}'
+    meta = dict(cfg=text, converted_from=origin, pm_seg_version=__version__)
     if converted.dataset_meta:
         meta['dataset_meta'] = converted.dataset_meta
-    with whole_files(*files) as (config, checkpoint):
-        config.write_text(text)
+    files = Path(out).with_suffix('.py'), Path(out)
+    with whole_files(*files) as (config_file, checkpoint):
+        config_file.write_text(text)
         content = dict(state_dict=converted.state_dict, meta=meta)
         torch.save(content, checkpoint)
     return files[0]

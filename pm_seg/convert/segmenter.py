@@ -8,17 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hints import Hints, number, pair
-from .keys import (
-    Geometry,
-    count_blocks,
-    part,
-    read_geometry,
-    rename,
-    shape_of,
-)
+from ..utils.checkpoints import CheckpointError
+from .keys import Geometry, count_blocks, read_geometry, rename, shape_of
 from .results import Converted, normalization
-from .sources import ConversionError
+from .sources import Hints, number, pair
 
 _WHAT = 'Segmenter'
 _NAMES = (
@@ -52,19 +45,18 @@ def convert_segmenter(state: dict[str, Tensor], hints: Hints) -> Converted:
             normalization and dataset.
 
     Raises:
-        ConversionError: If it is something else, incomplete, contradicts its
+        CheckpointError: If it is something else, incomplete, contradicts its
             variant.yml, or has a distillation token.
     """
-    encoder, decoder = part(state, 'encoder.'), part(state, 'decoder.')
+    encoder, decoder = _below(state, 'encoder.'), _below(state, 'decoder.')
     if not encoder:
-        # What it is instead is found out, and said, here.
-        read_geometry(state, Hints(), _WHAT + ' (encoder.*, decoder.*)')
-        raise ConversionError(
+        shape_of(state, 'cls_token', 3, _WHAT)  # says what it is instead
+        raise CheckpointError(
             'this is a classifier, expected encoder.* and decoder.*; use the '
             "kind 'timm'"
         )
     if 'dist_token' in encoder:
-        raise ConversionError(
+        raise CheckpointError(
             'the encoder has a distillation token (a DeiT backbone), for '
             'which mmseg has no Vision Transformer; convert a Segmenter with '
             'a plain ViT backbone'
@@ -72,15 +64,12 @@ def convert_segmenter(state: dict[str, Tensor], hints: Hints) -> Converted:
     net = _section(hints.variant, 'net_kwargs')
     hints = hints.completed(net, 'n_heads', 'image_size')
     geometry = read_geometry(encoder, hints, _WHAT)
-    if geometry.hidden_dims % geometry.embed_dims:
-        raise ConversionError(
-            f'the feed-forward layers have {geometry.hidden_dims} channels; '
-            f'mmseg needs a multiple of {geometry.embed_dims}'
-        )
-    _check_variant(geometry, net)
-    make = _linear_head if 'head.weight' in decoder else _mask_transformer
-    head = make(decoder, geometry, _section(net, 'decoder'))
+    _check_variant(net, 'n_layers', geometry.num_layers)
+    _check_variant(net, 'd_model', geometry.embed_dims)
+    _check_variant(net, 'patch_size', geometry.patch_size)
+    head = _head(decoder, geometry, _section(net, 'decoder'))
     data = _section(hints.variant, 'dataset_kwargs')
+    windows = _section(hints.variant, 'inference_kwargs')
     pixels, note = _normalization(hints, data, net)
     model = dict(
         type='EncoderDecoder',
@@ -116,10 +105,14 @@ def convert_segmenter(state: dict[str, Tensor], hints: Hints) -> Converted:
             ),
         ),
         train_cfg=dict(),
-        test_cfg=_test_cfg(geometry, hints),
+        test_cfg=dict(  # as in the repository's evaluation
+            mode='slide',
+            crop_size=pair(windows.get('window_size') or geometry.img_size),
+            stride=pair(windows.get('window_stride') or geometry.img_size),
+        ),
     )
     return Converted(
-        _renamed(state, model, geometry),
+        _renamed(state, model),
         model,
         'mmseg',
         geometry,
@@ -128,96 +121,80 @@ def convert_segmenter(state: dict[str, Tensor], hints: Hints) -> Converted:
     )
 
 
+def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
+
+
 def _section(description: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = description.get(name)
     return section if isinstance(section, dict) else {}
 
 
-def _check_variant(geometry: Geometry, net: dict[str, Any]) -> None:
-    for name, actual in (
-        ('n_layers', geometry.num_layers),
-        ('d_model', geometry.embed_dims),
-        ('patch_size', geometry.patch_size),
-    ):
-        if number(net, name, actual) != actual:
-            raise ConversionError(
-                f'variant.yml says {name}={net[name]}, the weights have '
-                f'{actual}; it belongs to another checkpoint (move it away) '
-                'or the checkpoint is incomplete'
-            )
+def _check_variant(section: Mapping[str, Any], name: str, actual: int) -> None:
+    if number(section, name, actual) != actual:
+        raise CheckpointError(
+            f'variant.yml says {name}={section[name]}, the weights have '
+            f'{actual}; it belongs to another checkpoint (move it away) or '
+            'the checkpoint is incomplete'
+        )
 
 
-def _linear_head(
+def _head(
     decoder: dict[str, Tensor], geometry: Geometry, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """The linear decoder: mmseg's ``FCNHead`` without its convolutions."""
-    return dict(
-        type='FCNHead',
-        in_channels=geometry.embed_dims,
-        channels=geometry.embed_dims,
-        num_convs=0,
-        kernel_size=1,
-        concat_input=False,
-        num_classes=shape_of(decoder, 'head.weight', 2, 'linear decoder')[0],
-    )
-
-
-def _mask_transformer(
-    decoder: dict[str, Tensor], geometry: Geometry, given: dict[str, Any]
-) -> dict[str, Any]:
-    """The mask transformer; ``given`` is what variant.yml says of it."""
-    for key in ('cls_emb', 'proj_dec.weight', 'blocks.0.mlp.fc1.weight'):
-        if key not in decoder:
-            raise ConversionError(
-                'the decoder is no mask transformer and no linear one: '
-                f'expected decoder.{key} or decoder.head.weight, got '
-                f'{", ".join(list(decoder)[:4]) or "no decoder.*"}; other '
-                'decoders cannot be converted, an incomplete file must be '
-                'copied again'
-            )
+    """The decoder; ``given`` is what variant.yml says of it."""
+    if 'head.weight' in decoder:  # the linear one
+        classes = shape_of(decoder, 'head.weight', 2, 'linear decoder')[0]
+        return dict(
+            type='FCNHead',
+            in_channels=geometry.embed_dims,
+            channels=geometry.embed_dims,
+            num_convs=0,
+            kernel_size=1,
+            concat_input=False,
+            num_classes=classes,
+        )
+    if 'cls_emb' not in decoder:
+        raise CheckpointError(
+            'the decoder is no mask transformer and no linear one: expected '
+            'decoder.cls_emb or decoder.head.weight, got '
+            f'{", ".join(list(decoder)[:4]) or "no decoder.*"}; other '
+            'decoders cannot be converted, an incomplete file must be copied '
+            'again'
+        )
     what = 'mask transformer'
-    classes = shape_of(decoder, 'cls_emb', 3, what)[1]
     dims = shape_of(decoder, 'proj_dec.weight', 2, what)[0]
     hidden = shape_of(decoder, 'blocks.0.mlp.fc1.weight', 2, what)[0]
-    depth = count_blocks(decoder, what)
-    expected = number(given, 'n_layers', depth)
-    if expected != depth:
-        raise ConversionError(
-            f'variant.yml says the decoder has {expected:g} layers, the '
-            f'weights have {depth}; the checkpoint is incomplete or another '
-            'one'
-        )
-    # The repository gives both parts heads of the same size.
-    head_dims = geometry.embed_dims // geometry.num_heads
-    if dims % head_dims or hidden % dims:
-        raise ConversionError(
-            f'the decoder has {dims} channels and {hidden} in its '
-            f'feed-forward layers; expected multiples of {head_dims} and of '
-            f'{dims}: such a decoder cannot be converted'
-        )
+    depth = count_blocks(decoder)
+    _check_variant(given, 'n_layers', depth)
     return dict(
         type='PMSegmenterMaskTransformerHead',
         in_channels=geometry.embed_dims,
         channels=dims,
         num_layers=depth,
-        num_heads=dims // head_dims,
+        # The repository gives both parts heads of the same size.
+        num_heads=dims * geometry.num_heads // geometry.embed_dims,
         embed_dims=dims,
         mlp_ratio=hidden // dims,
         drop_path_rate=number(given, 'drop_path_rate', 0.0),
         norm_cfg=dict(_NORM),
-        num_classes=classes,
+        num_classes=shape_of(decoder, 'cls_emb', 3, what)[1],
     )
 
 
 def _renamed(
-    state: dict[str, Tensor], model: dict[str, Any], geometry: Geometry
+    state: dict[str, Tensor], model: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Our names, and what differs by more than its name."""
     state = dict(state)
     if 'decoder.head.weight' in state:
         weight = state['decoder.head.weight']
         state['decoder.head.weight'] = weight[:, :, None, None]
-    if not geometry.qkv_bias:  # mmseg ties it to other biases
+    if 'encoder.blocks.0.attn.qkv.bias' not in state:  # tied to others
         for key in [k for k in state if k.endswith('qkv.weight')]:
             bias = torch.zeros(len(state[key]))
             state[key.replace('weight', 'bias')] = bias
@@ -238,16 +215,6 @@ def _normalization(
     written = str(data.get('normalization', net.get('normalization')))
     name = {'vit': 'vit', 'deit': 'imagenet'}.get(written)
     return normalization(name or 'vit', guessed=name is None)
-
-
-def _test_cfg(geometry: Geometry, hints: Hints) -> dict[str, Any]:
-    """Sliding window as in the repository's evaluation."""
-    inference = _section(hints.variant, 'inference_kwargs')
-    return dict(
-        mode='slide',
-        crop_size=pair(inference.get('window_size') or geometry.img_size),
-        stride=pair(inference.get('window_stride') or geometry.img_size),
-    )
 
 
 def _dataset_meta(name: Any, num_classes: int) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Reading foreign checkpoints without running code from them."""
+"""Reading foreign checkpoints, and what is known of them, without code."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..utils.checkpoints import UnreadableError, explained, read_whole
+from ..utils.checkpoints import CheckpointError, explained, read_checkpoint
 
 #: Where training scripts keep the weights among other things, first wins.
 _NESTED = ('state_dict', 'model', 'model_state_dict', 'sd')
@@ -28,16 +28,17 @@ _FACTS = ('channels', 'img_size', 'keep', 'merge_list', 'merged_tokens',
           'n_cls', 'num_heads', 'patch_size', 'prune', 'scores')  # fmt: skip
 
 
-class ConversionError(ValueError):
-    """Input that cannot be converted: what was got, expected, and a remedy."""
-
-
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint as it was found.
+class Hints:
+    """What weights do not say about a model.
 
     Attributes:
-        state (dict[str, Tensor]): Weights by name, float32.
+        num_heads (int, optional): Of the encoder.
+        img_size (tuple[int, int], optional): Height and width the position
+            embedding is for.
+        normalization (str, optional): 'vit' or 'imagenet'.
+        name (str): Of the file; 'deit' or 'mae' in it tell the
+            normalization.
         facts (dict[str, Tensor]): What else the file says about the model,
             for example ``num_heads``, ``scores``, ``channels``.
         variant (dict): ``variant.yml`` beside the file, else empty.
@@ -45,140 +46,165 @@ class Source:
             beside the file, else empty.
     """
 
-    state: dict[str, Tensor]
+    num_heads: int | None = None
+    img_size: tuple[int, int] | None = None
+    normalization: str | None = None
+    name: str = ''
     facts: dict[str, Tensor] = field(default_factory=dict)
     variant: dict[str, Any] = field(default_factory=dict)
-    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    pretrained_cfg: dict[str, list[float]] = field(default_factory=dict)
+
+    def completed(
+        self, section: Mapping[str, Any], heads: str, size: str
+    ) -> Hints:
+        """With heads and image size of a description, if unknown yet."""
+        num_heads, img_size = self.num_heads, self.img_size
+        if num_heads is None and section.get(heads) is not None:
+            num_heads = int(number(section, heads))
+        if img_size is None and section.get(size) is not None:
+            img_size = pair(section[size])
+        return replace(self, num_heads=num_heads, img_size=img_size)
 
 
-def read_source(path: str | Path) -> Source:
+def number(
+    section: Mapping[str, Any], name: str, default: float | None = None
+) -> float | None:
+    """A number of a description, ``default`` where there is none."""
+    value = section.get(name)
+    try:
+        return default if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise CheckpointError(
+            f'{name}={value!r} in the input is not a number; correct it or '
+            'remove it'
+        ) from None
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """(height, width) of one number > 0, or of a sequence or tensor of two."""
+    try:
+        numbers = [int(n) for n in torch.as_tensor(value).flatten()]
+    except (TypeError, ValueError, RuntimeError):
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise CheckpointError(
+            f'got size {value}; expected one number > 0, or height and width'
+        )
+    return numbers[0], numbers[-1]
+
+
+def read_source(
+    path: str | Path, **given: Any
+) -> tuple[dict[str, Tensor], Hints]:
     """Read a .pth, .npz or .safetensors file and what lies beside it.
 
     Args:
         path (str | Path): The checkpoint.
+        **given: What is known of the model, see :class:`Hints`; takes
+            precedence unless it is None.
 
     Returns:
-        Source: Its weights, in float32 on the CPU.
+        tuple[dict[str, Tensor], Hints]: Weights by name, in float32 on the
+        CPU, and what is known besides.
 
     Raises:
-        ConversionError: If the file is missing, damaged, holds code or no
+        CheckpointError: If the file is missing, damaged, holds code or no
             weights.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConversionError(
+        raise CheckpointError(
             f'{path} is not a file; give the path of a checkpoint (.pth, '
             '.npz or .safetensors)'
         )
     content = _read(path)
     if not isinstance(content, Mapping):
-        raise ConversionError(
+        raise CheckpointError(
             f'{path.name} holds a {type(content).__name__}; expected a dict '
             'of tensors by name'
         )
-    state, facts = _split(content)
+    weights = _find_weights(content)
+    state = _clean(weights)
     if not state:
         found = ', '.join(map(str, list(content)[:8])) or 'nothing'
-        raise ConversionError(
+        raise CheckpointError(
             f'{path.name} holds no weights: got {found}; expected tensors by '
             f'name, or a dict of them below one of {_NESTED}'
         )
     for key, value in state.items():
         if not value.isfinite().all():
-            raise ConversionError(
+            raise CheckpointError(
                 f'{path.name}: {key} contains NaN or inf; the file is '
                 'damaged or its training diverged: use another one'
             )
-    for key, value in facts.items():
+    facts = {}
+    for key, value in {**content, **weights}.items():
+        if key not in _FACTS or value is None:
+            continue
         try:
             facts[key] = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ConversionError(
+            raise CheckpointError(
                 f'{path.name}: entry {key} is a {type(value).__name__}, '
                 'expected a number or a list of them; remove it to do without'
             ) from error
-    return Source(
-        state,
-        facts,
-        _read_variant(path.with_name('variant.yml')),
-        _read_pretrained_cfg(path.with_name('config.json')),
+    hints = Hints(
+        name=path.name,
+        facts=facts,
+        variant=_read_variant(path.with_name('variant.yml')),
+        pretrained_cfg=_read_pretrained_cfg(path.with_name('config.json')),
+    )
+    given = {k: v for k, v in given.items() if v is not None}
+    return state, replace(hints, **given).completed(
+        facts, 'num_heads', 'img_size'
     )
 
 
-def _split(
-    content: Mapping[Any, Any],
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tell weights, as float32, from what describes them.
-
-    Weights may lie below one of ``_NESTED``, below ``sd/`` in archives of
-    arrays, or at the top; wrappers' prefixes are removed.
-    """
-    nested = [
-        content[key]
-        for key in _NESTED
-        if isinstance(content.get(key), Mapping) and content[key]
-    ]
-    found = nested[0] if nested else content
-    archived = [k for k in content if str(k).startswith(_ARRAYS)]
-    if archived:
-        found = {k.removeprefix(_ARRAYS): content[k] for k in archived}
-    facts = {
-        key: value
-        for section in (content, found)
-        for key, value in section.items()
-        if key in _FACTS and value is not None
+def _find_weights(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """What is below one of ``_NESTED``, below ``sd/``, or all there is."""
+    archived = {
+        key.removeprefix(_ARRAYS): value
+        for key, value in content.items()
+        if str(key).startswith(_ARRAYS)
     }
+    nested = [content.get(key) for key in _NESTED]
+    nested = [x for x in nested if isinstance(x, Mapping) and x]
+    return archived or (nested[0] if nested else content)
+
+
+def _clean(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors, as float32, without prefixes of wrappers."""
     state = {
         str(key): value.detach().contiguous()
-        for key, value in found.items()
+        for key, value in weights.items()
         if isinstance(value, Tensor) and key not in _FACTS
     }
     for key, value in state.items():
         if value.is_floating_point():
             state[key] = value.float()
     for prefix in _WRAPPERS:
-        if state and all(key.startswith(prefix) for key in state):
+        if all(key.startswith(prefix) for key in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state, facts
+    return state
 
 
 def _read(path: Path) -> Any:
-    """Content of a file, by its suffix.
+    """Content of a file, by its suffix."""
+    suffix = path.suffix.lower()
+    if suffix == '.safetensors' and find_spec('safetensors') is None:
+        raise CheckpointError(
+            f'{path.name} needs the safetensors package to be read: pip '
+            'install safetensors'
+        )
+    save = "torch.save(model.state_dict(), 'weights.pth')"
+    with explained(path, f'save its weights alone: {save}'):
+        if suffix == '.npz':
+            return _read_npz(path)
+        if suffix == '.safetensors':
+            from safetensors.torch import load_file
 
-    Raises:
-        ConversionError: If it is damaged, holds code, or its library is
-            missing.
-    """
-    readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
-    reader = readers.get(path.suffix.lower())
-    try:
-        if reader is None:
-            # Training scripts of this field save their arguments; a namespace
-            # is a bag of attributes and its unpickling sets nothing else.
-            return read_whole(path, also=[argparse.Namespace])
-        with explained():
-            return reader(path)
-    except UnreadableError as error:
-        why, holds_code = error.args
-        if isinstance(error.__cause__, ImportError):
-            message = (
-                f'{path.name} needs the safetensors package to be read: pip '
-                'install safetensors'
-            )
-        elif holds_code:
-            message = (
-                f'{path.name} is not a file of weights alone ({why}); files '
-                'that hold more than data are refused because loading them '
-                'can run code. If you trust it, save its weights alone: '
-                "torch.save(model.state_dict(), 'weights.pth')"
-            )
-        else:
-            message = (
-                f'{path.name} cannot be read ({why}); it is truncated, '
-                f'damaged or not a {path.suffix or "checkpoint"} file: '
-                'download or copy it again'
-            )
-        raise ConversionError(message) from error
+            return load_file(path)
+        return read_checkpoint(path)
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -193,12 +219,6 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
 class _VariantLoader(yaml.SafeLoader):
     """Safe YAML and tuples, which the Segmenter repository writes."""
 
@@ -210,37 +230,23 @@ _VariantLoader.add_constructor(
 
 
 def _read_variant(path: Path) -> dict[str, Any]:
-    """The Segmenter repository's description of a run, if it is there.
-
-    Raises:
-        ConversionError: If it is not plain data.
-    """
+    """The Segmenter repository's description of a run, if it is there."""
     if not path.is_file():
         return {}
     try:
         content = yaml.load(path.read_text(), _VariantLoader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConversionError(
+        raise CheckpointError(
             f'{path.name} beside the checkpoint cannot be read as plain data '
             f'({error}); restore it, or move it away to do without'
         ) from error
     return content if isinstance(content, dict) else {}
 
 
-def _read_pretrained_cfg(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _read_pretrained_cfg(path: Path) -> dict[str, list[float]]:
+    """Pixel mean and standard deviation of timm's description, if any."""
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError):
-        return {}  # some other program's file
-    found = content.get('pretrained_cfg') if isinstance(content, dict) else {}
-    if not isinstance(found, dict):
-        return {}
-    return {
-        key: value
-        for key, value in found.items()
-        if key in ('mean', 'std')
-        and isinstance(value, list)
-        and all(isinstance(number, (int, float)) for number in value)
-    }
+        found = json.loads(path.read_text())['pretrained_cfg']
+        return {key: [float(x) for x in found[key]] for key in ('mean', 'std')}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # none, or some other program's file

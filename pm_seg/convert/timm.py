@@ -8,10 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .hints import Hints
+from ..utils.checkpoints import CheckpointError
 from .keys import ARCHS, Geometry, read_geometry, rename, shape_of
 from .results import Converted, normalization
-from .sources import ConversionError
+from .sources import Hints
 
 _WHAT = 'timm Vision Transformer'
 _NAMES = (
@@ -24,7 +24,6 @@ _NAMES = (
 )
 # What masked autoencoders are pre-trained with besides the encoder.
 _IGNORED = ('decoder_', 'mask_token')
-_IMAGENET_CLASSES = 1000
 
 
 def convert_timm(state: dict[str, Tensor], hints: Hints) -> Converted:
@@ -39,35 +38,17 @@ def convert_timm(state: dict[str, Tensor], hints: Hints) -> Converted:
             in the shapes and the file name where None.
 
     Raises:
-        ConversionError: If it is something else or incomplete.
+        CheckpointError: If it is something else or incomplete.
     """
     if find_spec('mmpretrain') is None:
-        raise ConversionError(
+        raise CheckpointError(
             'classifiers need the mmpretrain package, which is not '
             'installed: pip install -r requirements/mminstall.txt'
         )
-    geometry = read_geometry(state, hints, _WHAT, patch_positions=True)
-    pooled = 'fc_norm.weight' in state
-    distilled = geometry.num_prefix == 2
-    backbone: dict[str, Any] = dict(
-        type='PMDistilledVisionTransformer'
-        if distilled
-        else 'PMVisionTransformer',
-        arch=_arch(geometry),
-        img_size=geometry.img_size,
-        patch_size=geometry.patch_size,
-        in_channels=geometry.in_channels,
-        qkv_bias=geometry.qkv_bias,
-        norm_cfg=dict(type='LN', eps=1e-6),
-    )
-    if pooled:
-        backbone.update(out_type='avg_featmap', final_norm=False)
-    if 'blocks.0.ls1.gamma' in state:
-        backbone.update(layer_scale_init_value=1e-5)
-    if 'patch_embed.proj.bias' not in state:
-        backbone.update(patch_cfg=dict(bias=False))
-    head = _head(state, geometry, pooled)
-    pixels, note = _normalization(hints, distilled)
+    from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
+
+    geometry = read_geometry(state, hints, _WHAT)
+    pixels, note = _normalization(hints, geometry.num_prefix == 2)
     notes = [note]
     if not geometry.embeds_prefix:
         padding = (0, 0, geometry.num_prefix, 0)
@@ -77,41 +58,64 @@ def convert_timm(state: dict[str, Tensor], hints: Hints) -> Converted:
             f'positions are taken for patches alone, images of {height}x'
             f'{width}; give --img-size if that is wrong'
         )
+    head = _head(state, geometry)
+    preprocessor, meta = dict(**pixels, to_rgb=True), {}
     if head is None:
         notes.append('no classification head: model.head is None')
-    classes = head['num_classes'] if head else None
+    else:
+        preprocessor['num_classes'] = head['num_classes']
+        if head['num_classes'] == len(IMAGENET_CATEGORIES):
+            meta = dict(classes=tuple(IMAGENET_CATEGORIES))
     model = dict(
         type='ImageClassifier',
-        data_preprocessor={
-            **(dict(num_classes=classes) if classes else {}),
-            **pixels,
-            'to_rgb': True,
-        },
-        backbone=backbone,
+        data_preprocessor=preprocessor,
+        backbone=_backbone(state, geometry),
         head=head,
     )
     renamed = rename(state, model, 'mmpretrain', _NAMES, _WHAT, _IGNORED)
-    meta = {}
-    if classes == _IMAGENET_CLASSES:
-        from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
-
-        meta = dict(classes=tuple(IMAGENET_CATEGORIES))
     return Converted(renamed, model, 'mmpretrain', geometry, meta, notes)
 
 
-def _head(
-    state: dict[str, Tensor], geometry: Geometry, pooled: bool
-) -> dict[str, Any] | None:
-    """Config of the head, None if there is none."""
-    if 'head.weight' not in state:
-        # A bias or a second layer alone is reported as unexpected.
-        return None
-    kind = (
-        'VisionTransformerClsHead'
-        if geometry.num_prefix == 1
-        else ('DeiTClsHead')
+def _backbone(state: dict[str, Tensor], geometry: Geometry) -> dict[str, Any]:
+    sizes = geometry.embed_dims, geometry.num_layers, geometry.hidden_dims
+    arch, heads = ARCHS.get(sizes, ('', 0))
+    if heads != geometry.num_heads:
+        arch = dict(
+            embed_dims=geometry.embed_dims,
+            num_layers=geometry.num_layers,
+            num_heads=geometry.num_heads,
+            feedforward_channels=geometry.hidden_dims,
+        )
+    distilled = 'Distilled' if geometry.num_prefix == 2 else ''
+    backbone = dict(
+        type=f'PM{distilled}VisionTransformer',
+        arch=arch,
+        img_size=geometry.img_size,
+        patch_size=geometry.patch_size,
+        in_channels=geometry.in_channels,
+        qkv_bias='blocks.0.attn.qkv.bias' in state,
+        norm_cfg=dict(type='LN', eps=1e-6),
     )
-    cfg = dict(
+    if 'fc_norm.weight' in state:
+        backbone.update(out_type='avg_featmap', final_norm=False)
+    if 'blocks.0.ls1.gamma' in state:
+        backbone.update(layer_scale_init_value=1e-5)
+    if 'patch_embed.proj.bias' not in state:
+        backbone.update(patch_cfg=dict(bias=False))
+    return backbone
+
+
+def _head(
+    state: dict[str, Tensor], geometry: Geometry
+) -> dict[str, Any] | None:
+    """Config of the head; a bias or a second layer alone makes none."""
+    if 'head.weight' not in state:
+        return None
+    kind = 'VisionTransformerClsHead'
+    if geometry.num_prefix == 2:
+        kind = 'DeiTClsHead'
+    pooled, hidden = 'fc_norm.weight' in state, 'pre_logits.fc.weight'
+    head = dict(
         type='LinearClsHead' if pooled else kind,
         num_classes=shape_of(state, 'head.weight', 2, _WHAT)[0],
         in_channels=geometry.embed_dims,
@@ -119,24 +123,9 @@ def _head(
             type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'
         ),
     )
-    hidden = 'pre_logits.fc.weight'
     if hidden in state and not pooled:
-        cfg['hidden_dim'] = shape_of(state, hidden, 2, _WHAT)[0]
-    return cfg
-
-
-def _arch(geometry: Geometry) -> str | dict[str, int]:
-    """mmpretrain's name of the architecture, or its sizes."""
-    sizes = (geometry.embed_dims, geometry.num_layers, geometry.hidden_dims)
-    name, heads = ARCHS.get(sizes, ('', 0))
-    if heads == geometry.num_heads:
-        return name
-    return dict(
-        embed_dims=geometry.embed_dims,
-        num_layers=geometry.num_layers,
-        num_heads=geometry.num_heads,
-        feedforward_channels=geometry.hidden_dims,
-    )
+        head['hidden_dim'] = shape_of(state, hidden, 2, _WHAT)[0]
+    return head
 
 
 def _normalization(
@@ -149,9 +138,11 @@ def _normalization(
     """
     if hints.normalization is not None:
         return normalization(hints.normalization)
-    cfg = hints.pretrained_cfg
-    if {'mean', 'std'} <= cfg.keys():
-        pixels = {key: [255 * v for v in cfg[key]] for key in ('mean', 'std')}
+    if hints.pretrained_cfg:
+        pixels = {
+            key: [255 * value for value in values]
+            for key, values in hints.pretrained_cfg.items()
+        }
         return pixels, 'pixel mean and std: from config.json'
     name = hints.name.lower()
     known = distilled or 'deit' in name or 'mae' in name

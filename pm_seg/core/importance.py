@@ -21,11 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scores import (
-    GradientWatcher,
-    require_gradients,
-    value_gradient_scores,
-)
+from .scores import GradientWatcher, value_gradient_scores
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,18 +84,13 @@ class ImportanceFitter(GradientWatcher):
 
     def __enter__(self) -> Self:
         for layer, block in enumerate(self.blocks):
-            self._handles.append(
-                block.register_forward_pre_hook(
-                    lambda module, args, layer=layer: self._inputs.update(
-                        {layer: args[0].detach()}
-                    )
-                )
-            )
-        return super().__enter__()
 
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        self._inputs.clear()
+            def keep(module, args, layer=layer) -> None:
+                self._inputs[layer] = args[0].detach()
+
+            self._hooks.enter_context(block.register_forward_pre_hook(keep))
+        self._hooks.callback(self._inputs.clear)
+        return super().__enter__()
 
     @torch.no_grad()
     def _record(self, layer: int, value: Tensor, grad: Tensor) -> None:
@@ -123,7 +114,7 @@ class ImportanceFitter(GradientWatcher):
             RuntimeError: If a layer saw no gradient.
         """
         scale = self.gram.diagonal(dim1=1, dim2=2).mean(1)
-        require_gradients(scale)
+        self._require_gradients(scale)
         eye = torch.eye(self.gram.shape[1], dtype=self.gram.dtype)
         gram = self.gram + self.ridge * scale[:, None, None] * eye
         # Batches of torch.linalg.solve fail on several threads in torch 2.14.

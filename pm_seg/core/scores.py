@@ -14,15 +14,17 @@ with any fused attention kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from .compressor import check_option
+
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-REDUCTIONS = ('image', 'batch')
 
 
 def value_gradient_scores(value: Tensor, grad: Tensor) -> Tensor:
@@ -49,47 +51,39 @@ class GradientWatcher:
 
     def __init__(self, taps: Sequence[nn.Module]) -> None:
         self.taps = taps
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
         for layer, tap in enumerate(self.taps):
-            self._handles.append(
-                tap.register_forward_hook(
-                    lambda module, args, value, layer=layer: self._watch(
-                        layer, value
-                    )
-                )
-            )
+
+            def watch(module, args, value, layer=layer) -> Tensor:
+                return self._watch(layer, value)
+
+            self._hooks.enter_context(tap.register_forward_hook(watch))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def _watch(self, layer: int, value: Tensor) -> Tensor:
-        detached = value.detach()
         if torch.is_grad_enabled():
             if not value.requires_grad:  # everything before it is frozen
-                value = detached.clone().requires_grad_()
-            value.register_hook(
-                lambda grad: self._record(layer, detached, grad)
-            )
+                value = value.detach().clone().requires_grad_()
+            value.register_hook(partial(self._record, layer, value.detach()))
         return value
 
     def _record(self, layer: int, value: Tensor, grad: Tensor) -> None:
         """Called in the backward pass, (B, heads, T, D) each."""
         raise NotImplementedError
 
-
-def require_gradients(seen: Tensor) -> None:
-    """Raise ``RuntimeError`` unless all layers saw some, (L,)."""
-    silent = (seen == 0).nonzero().flatten().tolist()
-    if silent:
-        raise RuntimeError(
-            f'no gradient reached the values of layers {silent}; run '
-            'forward and backward, with gradients enabled'
-        )
+    def _require_gradients(self, seen: Tensor) -> None:
+        """Raise ``RuntimeError`` unless all layers saw some, (L,)."""
+        silent = (seen == 0).nonzero().flatten().tolist()
+        if silent:
+            raise RuntimeError(
+                f'no gradient reached the values of layers {silent}; run '
+                'forward and backward, with gradients enabled'
+            )
 
 
 class ScoreRecorder(GradientWatcher):
@@ -126,11 +120,7 @@ class ScoreRecorder(GradientWatcher):
         num_prefix: int,
         reduction: str = 'image',
     ) -> None:
-        if reduction not in REDUCTIONS:
-            raise ValueError(
-                f'reduction={reduction!r} is unknown; choose one of '
-                f'{REDUCTIONS}'
-            )
+        check_option('reduction', reduction, ('image', 'batch'))
         super().__init__(taps)
         self.num_tokens = num_tokens
         self.num_prefix = num_prefix
@@ -168,5 +158,5 @@ class ScoreRecorder(GradientWatcher):
         Raises:
             RuntimeError: If a layer saw no gradient.
         """
-        require_gradients(self.weight.flatten())
+        self._require_gradients(self.weight.flatten())
         return (self.total / self.weight).float()

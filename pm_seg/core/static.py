@@ -3,33 +3,56 @@
 Mao et al., "Efficient Token Compression for Vision Transformer with Spatial
 Information Preserved" (arXiv 2503.23455). The groups are by position, the same
 for every image, from gradient-weighted attention scores
-(:mod:`~pm_seg.core.scores`, :mod:`~pm_seg.core.structure`,
-:mod:`~pm_seg.core.positional`). A :class:`~pm_seg.core.token_map.TokenMap`
-merges and restores, by weights that are trained with the model.
+(:mod:`~pm_seg.core.scores`, :mod:`~pm_seg.core.structure`). A
+:class:`~pm_seg.core.token_map.TokenMap` merges and restores, by weights that
+are trained with the model.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compressor import EncoderShape, Layer, Outputs, check_option, plainly
+from .compressor import (
+    Compressor,
+    EncoderShape,
+    Layer,
+    LayerLoad,
+    Outputs,
+    check_option,
+    check_share,
+    plainly,
+)
 from .merging import Grid
-from .positional import PositionalCompressor
-from .rows import extra_of, sum_rows
-from .structure import PRUNED
-from .token_map import DenseTokenMap, TokenMap
+from .rows import extra_of
+from .structure import (
+    PRUNED,
+    THRESHOLDS,
+    check_layers,
+    check_num_groups,
+    check_rates,
+    check_scores,
+    check_shape,
+    count_groups,
+    count_tokens,
+    group_weights,
+    make_groups,
+    normalise_scores,
+)
+from .token_map import DenseTokenMap, TokenMap, group_means
 
-MATRICES = ('sparse', 'dense')
 
-
-class StaticCompressor(PositionalCompressor):
+class StaticCompressor(Compressor):
     """Merges and restores tokens by position around each compressed layer.
 
-    On another grid than the native one the matrices are resized.
+    There are no groups until scores are given (:meth:`set_scores`) or a
+    compressed checkpoint is loaded; that changes the values of the buffers
+    ``scores`` and ``group``, (L, N) each, never their shapes. On another grid
+    than the native one the matrices are resized.
 
     Args:
         shape (EncoderShape): The transformer.
@@ -54,6 +77,8 @@ class StaticCompressor(PositionalCompressor):
         ValueError: On an unknown option or a value out of range.
     """
 
+    needs_scores = True
+
     def __init__(
         self,
         shape: EncoderShape,
@@ -65,37 +90,210 @@ class StaticCompressor(PositionalCompressor):
         matrices: str = 'sparse',
         num_groups: Sequence[int] | None = None,
     ) -> None:
-        check_option('matrices', matrices, MATRICES)
-        super().__init__(
-            shape, keep_rate, prune_rate, layers, threshold, decay, num_groups
-        )
+        super().__init__(shape)
+        check_rates(keep_rate, prune_rate)
+        check_option('threshold', threshold, THRESHOLDS)
+        check_option('matrices', matrices, ('sparse', 'dense'))
+        self.keep: float | None = None  # see set_keep
+        self.keep_rate = keep_rate
+        self.prune_rate = prune_rate
+        self.layers = check_layers(layers, shape.depth, decay)
+        self.threshold = threshold
+        self.decay = decay
         self.dense = matrices == 'dense'
-        if self.dense and not self.num_groups:
-            raise ValueError(
-                "matrices='dense' needs num_groups, one count for each of the "
-                f'{len(self.layers)} compressed layers: the matrices are '
-                'parameters and cannot change shape later'
-            )
+        self.num_groups = check_num_groups(
+            num_groups, len(self.layers), shape.num_tokens, self.dense
+        )
+        per_token = (shape.depth, shape.num_tokens)
+        self.register_buffer('scores', torch.zeros(per_token))
+        self.register_buffer('group', torch.full(per_token, PRUNED))
+        self._counts: list[int] = []  # groups of each layer, once known
         if self.dense:
-            tokens = shape.num_prefix + shape.num_tokens
             self.merge_matrix = nn.ParameterDict()
             self.restore_matrix = nn.ParameterDict()
+            tokens = shape.num_prefix + shape.num_tokens
             for layer, count in zip(self.layers, self.num_groups):
                 merged, key = shape.num_prefix + count, str(layer)
                 self.merge_matrix[key] = torch.zeros(merged, tokens)
                 self.restore_matrix[key] = torch.zeros(tokens, merged)
         else:
-            self.merge_weight = nn.Parameter(torch.zeros(self.group.shape))
-            self.restore_weight = nn.Parameter(torch.zeros(self.group.shape))
+            self.merge_weight = nn.Parameter(torch.zeros(per_token))
+            self.restore_weight = nn.Parameter(torch.zeros(per_token))
 
-    def _start(self, layer: int, merge: Tensor, restore: Tensor) -> None:
-        if not self.dense:
-            self.merge_weight[layer] = merge
-            self.restore_weight[layer] = restore
-            return
-        start = self._token_map(layer, merge, restore).to_dense()
-        self.merge_matrix[str(layer)].copy_(start.merge_matrix)
-        self.restore_matrix[str(layer)].copy_(start.restore_matrix)
+    # ---------------------------------------------------------------- state
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._counts = []
+        if not self.group.is_meta and (self.group != PRUNED).any():
+            # What full matrices merge is not for the groups to say.
+            layers = [] if self.dense else self.layers
+            self._counts = count_groups(self.group, layers, self.num_groups)
+            for layer, count in zip(self.layers, self.num_groups):
+                self._counts[layer] = count
+
+    def _apply(self, *args, **kwargs) -> StaticCompressor:
+        """Move or cast; scores, which fp16 would round to 0, stay float32."""
+        scores = self.scores
+        super()._apply(*args, **kwargs)
+        if scores.is_meta and not self.scores.is_meta:  # values of any kind
+            self.scores.zero_()
+            self.group.fill_(PRUNED)
+            self._counts = []
+        elif self.scores.dtype != scores.dtype:
+            self.scores = scores.to(self.scores.device)
+        return self
+
+    @property
+    def has_structure(self) -> bool:
+        """Whether scores were given or a compressed checkpoint loaded."""
+        return bool(self._counts)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether there are scores of all compressed layers."""
+        return bool((self.scores[self.layers] > 0).any(1).all())
+
+    def set_scores(self, scores: Tensor) -> None:
+        """Store scores, derive the structure, initialise the weights.
+
+        Args:
+            scores (Tensor): Gradient-weighted scores, >= 0, (L, N). Rows of
+                layers that are not compressed are ignored.
+
+        Raises:
+            ValueError: On another shape, NaN, inf, a layer of zeros, or if a
+                layer would keep no token.
+        """
+        self.store(scores)
+        self.build()
+
+    @torch.no_grad()
+    def store(self, scores: Tensor) -> None:
+        """Store scores and leave the structure, see :meth:`set_scores`."""
+        check_shape('scores', scores, self.shape)
+        check_scores(scores[self.layers], self.layers)
+        self.scores.copy_(scores)
+
+    @torch.no_grad()
+    def build(self, keep: float | None = None) -> None:
+        """Derive structure and initial weights from the stored scores.
+
+        Args:
+            keep (float, optional): See :meth:`set_keep`. Defaults to what was
+                set there, if anything was; else ``keep_rate`` decides.
+        """
+        scores = self.scores[self.layers].cpu()
+        check_scores(scores, self.layers)
+        scores = normalise_scores(scores, self.decay, self.layers)
+        keep = self.keep if keep is None else keep
+        rate = self.keep_rate if keep is None else self._rate(scores, keep)
+        centres, live = self._count_tokens(scores, rate)
+        centres = self.num_groups or centres
+        if 0 in centres:
+            raise ValueError(
+                f'layer {self.layers[centres.index(0)]} would keep none of '
+                f'its tokens at keep_rate={rate:.3g}: all its scores are '
+                'below the global threshold; keep more, leave it out of '
+                "layers or use threshold='layer'"
+            )
+        group = torch.zeros(self.group.shape, dtype=torch.int64, device='cpu')
+        group[self.layers] = make_groups(
+            scores, centres, live, self.shape.grid
+        )
+        self.set_groups(group)
+        self.keep_rate = rate
+
+    def _rate(self, scores: Tensor, keep: float) -> float:
+        """The highest ``keep_rate`` that does not cost more than ``keep``."""
+        tokens, most = self.shape.num_tokens, 1 - self.prune_rate
+        # Half a token above each count of groups, as floats round.
+        counts = range(1, round(tokens * most) + 1)
+        rates = [min((count + 0.5) / tokens, most) for count in counts]
+
+        def cost(rate: float) -> float:
+            centres, _ = self._count_tokens(scores, rate)
+            groups = dict.fromkeys(range(self.shape.depth), tokens)
+            groups.update(zip(self.layers, centres))
+            macs = sum(self._macs(*layer) for layer in groups.items())
+            return macs / self.shape.dense_macs
+
+        found = bisect_right(rates, keep + 1e-9, key=cost)
+        if not found:
+            raise ValueError(
+                f'keep={keep} is out of reach: of the operations of all '
+                f'layers {cost(rates[0]):.3f} is its least, with one group in '
+                'each compressed layer; keep more, or compress more layers'
+            )
+        return rates[found - 1]
+
+    def _count_tokens(
+        self, scores: Tensor, rate: float
+    ) -> tuple[list[int], list[int]]:
+        return count_tokens(scores, rate, self.prune_rate, self.threshold)
+
+    def set_keep(self, keep: float) -> None:
+        """Make the layers cost this share of the dense layers' MACs.
+
+        By the highest ``keep_rate`` at which they do not cost more: found now
+        if there are scores, else as soon as there are.
+
+        Raises:
+            ValueError: If it is not in (0, 1], out of reach, or the groups
+                are fixed by ``num_groups``.
+        """
+        check_share('keep', keep)
+        if self.num_groups:
+            raise ValueError(
+                f'keep={keep} cannot be set: num_groups={self.num_groups} '
+                'fixes what the layers cost; leave num_groups out, and '
+                "matrices='dense' with it"
+            )
+        if self.has_scores:
+            self.build(keep)
+        self.keep = keep
+
+    @torch.no_grad()
+    def set_groups(self, group: Tensor) -> None:
+        """Use the given groups and initialise the weights for them.
+
+        Args:
+            group (Tensor): Group of each token on the native grid, numbered
+                0..K-1 in each layer, -1 if pruned, int64, (L, N). Rows of
+                layers that are not compressed are ignored.
+
+        Raises:
+            ValueError: On another shape, gaps in the numbers, or a number of
+                groups that contradicts ``num_groups``.
+        """
+        check_shape('group', group, self.shape)
+        self._counts = count_groups(group, self.layers, self.num_groups)
+        self.group.copy_(torch.arange(group.shape[1]))
+        self.group[self.layers] = group[self.layers].to(self.group.device)
+        group, scores = group.cpu(), self.scores[self.layers].cpu()
+        scores[(scores <= 0).all(1)] = 1.0  # without any, all count alike
+        scores = normalise_scores(scores, self.decay, self.layers)
+        for layer, row in zip(self.layers, scores):
+            weights = group_weights(row, group[layer])
+            if not self.dense:
+                self.merge_weight[layer].copy_(weights[0])
+                self.restore_weight[layer].copy_(weights[1])
+                continue
+            count, prefix = self._counts[layer], self.shape.num_prefix
+            start = TokenMap.of_groups(group[layer], count, *weights, prefix)
+            start = start.to_dense()
+            self.merge_matrix[str(layer)].copy_(start.merge_matrix)
+            self.restore_matrix[str(layer)].copy_(start.restore_matrix)
+
+    # ----------------------------------------------------------------- cost
+
+    def loads(self) -> list[LayerLoad]:
+        self._check_ready()
+        pruned = (self.group == PRUNED).sum(1).tolist()
+        return [
+            LayerLoad(count, count, self._macs(layer, count), missing)
+            for layer, (count, missing) in enumerate(zip(self._counts, pruned))
+        ]
 
     def _macs(self, layer: int, groups: int) -> float:
         """Of a layer on so many groups: one for each value that is merged,
@@ -110,6 +308,15 @@ class StaticCompressor(PositionalCompressor):
         dims = passes * self.shape.dims + (passes > 0) * self.shape.extra_dims
         return self.shape.cost(prefix + groups) + (prefix + tokens) * dims
 
+    def _check_ready(self) -> None:
+        if not self._counts:
+            raise RuntimeError(
+                'compression is configured but there is no structure yet: '
+                'the weights come from a dense checkpoint. Run '
+                'tools/compress.py on it, train with PruneMergeHook in '
+                'custom_hooks, or set compression=None for the dense model'
+            )
+
     # ------------------------------------------------------------------ run
 
     def _run(
@@ -120,93 +327,45 @@ class StaticCompressor(PositionalCompressor):
         outputs: Collection[int],
         extra: Tensor | None,
     ) -> Outputs:
-        collected = {}
+        collected, prefix = {}, self.shape.num_prefix
         for index, token_map in enumerate(self.token_maps(grid)):
-            group, layer = None, layers[index]
-            own = extra_of(extra, index)
+            layer, own = layers[index], extra_of(extra, index)
             if token_map is None:
                 x = plainly(layer, x, own)
             else:
-                own = [self._mean(token_map, rows) for rows in own]
+                own = [group_means(token_map, rows, prefix) for rows in own]
                 z = token_map.merge(x)
                 x = token_map.restore(x, plainly(layer, z, own))
             if self.observer is not None:
-                if token_map is not None:
-                    group = token_map.groups(self.shape.num_prefix)[None]
+                group = token_map and token_map.groups(prefix)[None]
                 self._observe(index, group, grid)
             if index in outputs:
                 collected[index] = x
         return Outputs(x, collected)
-
-    def _mean(
-        self, token_map: TokenMap | DenseTokenMap, rows: Tensor
-    ) -> Tensor:
-        """Mean of the members of each group, (..., N, E) -> (..., K, E)."""
-        prefix = self.shape.num_prefix
-        group = token_map.groups(prefix)
-        each = rows.reshape(-1, *rows.shape[-2:])
-        live = (group >= 0).to(rows.dtype).view(1, -1, 1)
-        place = group.clamp_min(0).expand(len(each), -1)
-        groups = token_map.num_merged - prefix
-        total = sum_rows(each * live, place, groups)
-        count = sum_rows(live, place[:1], groups).clamp_min(1)
-        return (total / count).view(*rows.shape[:-2], groups, -1)
 
     def token_maps(self, grid: Grid) -> list[TokenMap | DenseTokenMap | None]:
         """The token map of each layer, None where it runs on all tokens.
 
         Args:
             grid (tuple[int, int]): Patch rows and columns of the input.
-
-        Raises:
-            RuntimeError: If there is no structure yet.
         """
         self._check_ready()
-        maps: list[TokenMap | DenseTokenMap | None] = [None] * self.shape.depth
-        for layer in self.layers:
-            key = str(layer)
-            if self.dense:
-                maps[layer] = DenseTokenMap(
-                    self.merge_matrix[key],
-                    self.restore_matrix[key],
-                    self._live(layer),
-                )
-            elif self._counts[layer] < self.shape.num_tokens:
-                maps[layer] = self._token_map(
-                    layer, self.merge_weight[layer], self.restore_weight[layer]
-                )
-            if maps[layer] is not None and grid != self.shape.grid:
-                maps[layer] = (
-                    maps[layer]
-                    .to_dense()
-                    .resized(self.shape.num_prefix, self.shape.grid, grid)
-                )
-        return maps
+        return [self._token_map(i, grid) for i in range(self.shape.depth)]
 
     def _token_map(
-        self, layer: int, merge: Tensor, restore: Tensor
-    ) -> TokenMap:
-        """Of one layer, from the weights of its patches, (N,) each."""
+        self, layer: int, grid: Grid
+    ) -> TokenMap | DenseTokenMap | None:
+        group, count = self.group[layer], self._counts[layer]
         prefix = self.shape.num_prefix
-        group = self.group[layer]
-        first = torch.arange(prefix, device=group.device)
-        live = self._live(layer)
-        return TokenMap(
-            torch.cat([first, group.clamp_min(0) + prefix]),
-            prefix + self._counts[layer],
-            F.pad(merge, (prefix, 0), value=1.0) * live,
-            F.pad(restore, (prefix, 0), value=1.0) * live,
-            live,
-        )
-
-    def _live(self, layer: int) -> Tensor:
-        """Which tokens are not pruned, bool, (P+N,)."""
-        live = self.group[layer] != PRUNED
-        return F.pad(live, (self.shape.num_prefix, 0), value=True)
-
-    def extra_repr(self) -> str:
-        return (
-            f'grid={self.shape.grid}, keep_rate={self.keep_rate}, '
-            f'prune_rate={self.prune_rate}, layers={self.layers}, '
-            f'threshold={self.threshold!r}'
-        )
+        if self.dense and layer in self.layers:
+            found = DenseTokenMap(
+                self.merge_matrix[str(layer)],
+                self.restore_matrix[str(layer)],
+                F.pad(group != PRUNED, (prefix, 0), value=True),
+            )
+        elif count < self.shape.num_tokens:
+            weights = self.merge_weight[layer], self.restore_weight[layer]
+            found = TokenMap.of_groups(group, count, *weights, prefix)
+        else:
+            return None
+        return found.resized(prefix, self.shape.grid, grid)

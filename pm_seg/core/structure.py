@@ -14,55 +14,62 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .compressor import EncoderShape
 from .merging import Grid
 
 PRUNED = -1
 THRESHOLDS = ('global', 'layer')
 
 
+def check_shape(name: str, given: Tensor, shape: EncoderShape) -> None:
+    """Raise ``ValueError`` unless there is a value for each token, (L, N)."""
+    expected = (shape.depth, shape.num_tokens)
+    if tuple(given.shape) != expected:
+        raise ValueError(
+            f'{name} have shape {tuple(given.shape)}, expected {expected}: '
+            f'{shape.depth} layers on a grid of {shape.grid} patches'
+        )
+
+
 def check_scores(scores: Tensor, layers: Sequence[int]) -> None:
     """Raise ``ValueError`` unless scores are finite, >= 0 and informative.
 
     Args:
-        scores (Tensor): (L, N), one row for each layer.
-        layers (Sequence[int]): Layer of each row, for messages.
+        scores (Tensor): (L, N), one row for each of ``layers``.
+        layers (Sequence[int]): For messages.
     """
     for layer, row in zip(layers, scores):
         if not torch.isfinite(row).all():
-            raise ValueError(
-                f'scores of layer {layer} contain NaN or inf; gather them '
-                'again with a lower loss scale or without mixed precision'
+            problem = (
+                'contain NaN or inf; gather them again with a lower loss '
+                'scale or without mixed precision'
             )
-        if (row < 0).any():
-            raise ValueError(
-                f'scores of layer {layer} contain {row.min().item():.3g}; '
-                'scores must be >= 0 (take absolute values)'
+        elif (row < 0).any():
+            problem = (
+                f'contain {row.min().item():.3g}; scores must be >= 0 (take '
+                'absolute values)'
             )
-        if not (row > 0).any():
-            raise ValueError(
-                f'scores of layer {layer} are all zero: no gradient reached '
-                'it; gather them on images with labels, through this layer'
+        elif not row.any():
+            problem = (
+                'are all zero: no gradient reached it; gather them on images '
+                'with labels, through this layer'
             )
+        else:
+            continue
+        raise ValueError(f'scores of layer {layer} {problem}')
 
 
 def check_rates(keep_rate: float, prune_rate: float) -> None:
     """Raise ``ValueError`` unless both are shares, together at most 1."""
-    rates = dict(keep_rate=keep_rate, prune_rate=prune_rate)
-    for name, value in rates.items():
-        if not isinstance(value, Real):
-            raise ValueError(
-                f'{name}={value!r} is a {type(value).__name__}, expected a '
-                f'number, for example {name}=0.1'
-            )
-    if not 0 < keep_rate <= 1:
+    if not isinstance(keep_rate, Real) or not 0 < keep_rate <= 1:
         raise ValueError(
-            f'keep_rate={keep_rate} is not in (0, 1]; it is the share of '
+            f'keep_rate={keep_rate!r} is not in (0, 1]; it is the share of '
             'patch tokens that a compressed layer works on, for example '
             'keep_rate=0.7'
         )
-    if not 0 <= prune_rate < 1:
+    if not isinstance(prune_rate, Real) or not 0 <= prune_rate < 1:
         raise ValueError(
-            f'prune_rate={prune_rate} is not in [0, 1); it is the share of '
+            f'prune_rate={prune_rate!r} is not in [0, 1); it is the share of '
             'patch tokens that bypass a compressed layer, for example '
             'prune_rate=0.1'
         )
@@ -71,6 +78,71 @@ def check_rates(keep_rate: float, prune_rate: float) -> None:
             f'keep_rate={keep_rate} + prune_rate={prune_rate} is above 1: a '
             'token cannot be kept and pruned; lower one of them'
         )
+
+
+def check_layers(
+    layers: Sequence[int] | None, depth: int, decay: float
+) -> list[int]:
+    """The layers to compress, None for all, each with scores left by decay."""
+    chosen = sorted({*(range(depth) if layers is None else layers)})
+    if not chosen or not 0 <= chosen[0] <= chosen[-1] < depth:
+        raise ValueError(
+            f'layers={list(layers)} must name at least one of the layers '
+            f'0..{depth - 1}, and no others'
+        )
+    least = 1 - decay * chosen[-1]
+    if not 0 < least <= 1:
+        raise ValueError(
+            f'decay={decay} leaves layer {chosen[-1]} {least:.3g} of its '
+            'scores, expected a share in (0, 1]: 0.025 is what the paper takes'
+        )
+    return chosen
+
+
+def check_num_groups(
+    num_groups: Sequence[int] | None, layers: int, tokens: int, needed: bool
+) -> list[int]:
+    """Groups of each compressed layer, none if they are not given."""
+    counts = list(num_groups or ())
+    if (needed or num_groups is not None) and (
+        len(counts) != layers or not all(1 <= n <= tokens for n in counts)
+    ):
+        raise ValueError(
+            f'num_groups={num_groups} must hold {layers} counts in '
+            f'1..{tokens}, one for each compressed layer'
+        )
+    return counts
+
+
+def count_groups(
+    group: Tensor, layers: Sequence[int], expected: Sequence[int]
+) -> list[int]:
+    """Groups of each layer, in those not compressed as many as tokens.
+
+    Args:
+        group (Tensor): Group of each token, -1 if pruned, int64, (L, N).
+        layers (Sequence[int]): Those compressed.
+        expected (Sequence[int]): Their groups; may be empty.
+
+    Raises:
+        ValueError: If groups are not numbered 0..K-1, or not as expected.
+    """
+    counts = [group.shape[1]] * len(group)
+    for index, layer in enumerate(layers):
+        used = group[layer].unique()
+        used = used[used != PRUNED].tolist()
+        counts[layer] = len(used)
+        if not used or used != list(range(len(used))):
+            raise ValueError(
+                f'groups of layer {layer} must be numbered 0..K-1 without '
+                f'gaps, K >= 1, and -1 where pruned; got {used[:8]}...'
+            )
+        if expected and expected[index] != len(used):
+            raise ValueError(
+                f'layer {layer} has {len(used)} groups, num_groups says '
+                f'{expected[index]}; give as many, or leave num_groups out'
+            )
+    return counts
 
 
 def normalise_scores(
@@ -87,12 +159,9 @@ def normalise_scores(
     Returns:
         Tensor: (L, N).
     """
-    index = torch.tensor(
-        list(layers) or list(range(len(scores))), dtype=scores.dtype
-    )
+    index = torch.tensor(layers or range(len(scores)), dtype=scores.dtype)
     # Scaled by powers of 2, which rounds nothing: squares stay in range.
-    exponent = scores.amax(1, keepdim=True).frexp().exponent
-    scores = scores.ldexp(-exponent)
+    scores = scores.ldexp(-scores.amax(1, keepdim=True).frexp().exponent)
     norm = scores.norm(dim=1, keepdim=True)
     return scores / norm * (1 - decay * index).unsqueeze(1)
 
@@ -147,8 +216,7 @@ def row_window_groups(centres: Tensor, grid: Grid) -> Tensor:
         Tensor: Group of each token, numbered in the order of the centres,
         int64, (N,).
     """
-    width = grid[1]
-    index = centres.nonzero().flatten()
+    width, index = grid[1], centres.nonzero().flatten()
     first, second = index[:-1], index[1:]
     right = (first + second + 1) // 2
     row = (first + 1) // width
@@ -165,18 +233,18 @@ def make_groups(
     Args:
         scores (Tensor): (L, N). Of equal ones the first count as higher.
         centres (Sequence[int]): Groups of each layer, K >= 1.
-        live (Sequence[int]): Tokens that are not pruned, >= K.
+        live (Sequence[int]): Tokens that are not pruned; centres never are.
         grid (tuple[int, int]): Height and width, N = h * w.
 
     Returns:
         Tensor: Group of each token, 0..K-1, -1 if pruned, int64, (L, N).
     """
-    group = torch.full(scores.shape, PRUNED)
-    for row, count, alive, members in zip(scores, centres, live, group):
+    group = []
+    for row, count, alive in zip(scores, centres, live):
         rank = row.argsort(descending=True, stable=True).argsort()
         windows = row_window_groups(rank < count, grid)
-        members.copy_(torch.where(rank < alive, windows, PRUNED))
-    return group
+        group.append(windows.where(rank < max(alive, count), PRUNED))
+    return torch.stack(group)
 
 
 def group_weights(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

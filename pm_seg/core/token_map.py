@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .merging import Grid
 from .precision import full_precision
+from .rows import sum_rows
 from .structure import PRUNED
 
 
@@ -47,6 +48,26 @@ class TokenMap:
     restore_weight: Tensor
     live: Tensor
 
+    @classmethod
+    def of_groups(
+        cls,
+        group: Tensor,
+        num_groups: int,
+        merge: Tensor,
+        restore: Tensor,
+        num_prefix: int,
+    ) -> TokenMap:
+        """From groups 0..K-1, -1 if pruned, and weights of patches, (N,)."""
+        prefix = torch.arange(num_prefix, device=group.device)
+        live = F.pad(group != PRUNED, (num_prefix, 0), value=True)
+        return cls(
+            torch.cat([prefix, group.clamp_min(0) + num_prefix]),
+            num_prefix + num_groups,
+            F.pad(merge, (num_prefix, 0), value=1.0) * live,
+            F.pad(restore, (num_prefix, 0), value=1.0) * live,
+            live,
+        )
+
     def merge(self, x: Tensor) -> Tensor:
         """Merge tokens, (B, P+N, C) -> (B, P+K, C).
 
@@ -54,7 +75,8 @@ class TokenMap:
         the merge matrix: no export format lacks that.
         """
         if torch.compiler.is_compiling():
-            return _full_product(self._merge_matrix(), x)
+            with full_precision(x):
+                return self._merge_matrix().to(x.dtype) @ x
         rows = x * self.merge_weight.to(x.dtype).unsqueeze(1)
         merged = x.new_zeros(len(x), self.num_merged, x.shape[2])
         return merged.index_add(1, self.place, rows)
@@ -82,6 +104,14 @@ class TokenMap:
         """The same map as a pair of matrices."""
         restore = self._member().mT * self.restore_weight.unsqueeze(1)
         return DenseTokenMap(self._merge_matrix(), restore, self.live)
+
+    def resized(
+        self, num_prefix: int, old: Grid, new: Grid
+    ) -> TokenMap | DenseTokenMap:
+        """See :meth:`DenseTokenMap.resized`; itself if nothing changes."""
+        if old == new:
+            return self
+        return self.to_dense().resized(num_prefix, old, new)
 
     def _merge_matrix(self) -> Tensor:
         return self._member() * self.merge_weight
@@ -129,16 +159,14 @@ class DenseTokenMap:
         group = self.merge_matrix[num_prefix:, num_prefix:].abs().argmax(0)
         return torch.where(self.live[num_prefix:], group, PRUNED)
 
-    def to_dense(self) -> DenseTokenMap:
-        """Itself."""
-        return self
-
     def resized(self, num_prefix: int, old: Grid, new: Grid) -> DenseTokenMap:
         """The map seen from another grid, with as many groups.
 
         The merge reads an area average of the new grid, the restore is
         interpolated, both bilinearly.
         """
+        if old == new:
+            return self
 
         def resize(rows: Tensor) -> Tensor:
             """(R, P+N) -> (R, P+N')."""
@@ -157,7 +185,15 @@ class DenseTokenMap:
         )
 
 
-def _full_product(matrix: Tensor, x: Tensor) -> Tensor:
-    """``matrix @ x`` in the dtype of ``x``, whatever autocast does."""
-    with full_precision(x):
-        return matrix.to(x.dtype) @ x
+def group_means(
+    token_map: TokenMap | DenseTokenMap, rows: Tensor, num_prefix: int
+) -> Tensor:
+    """Mean of the patches of each group, (..., N, E) -> (..., K, E)."""
+    group = token_map.groups(num_prefix)
+    each = rows.reshape(-1, *rows.shape[-2:])
+    live = (group != PRUNED).to(rows.dtype).view(1, -1, 1)
+    place = group.clamp_min(0).expand(len(each), -1)
+    groups = token_map.num_merged - num_prefix
+    total = sum_rows(each * live, place, groups)
+    count = sum_rows(live, place[:1], groups).clamp_min(1)
+    return (total / count).view(*rows.shape[:-2], groups, -1)

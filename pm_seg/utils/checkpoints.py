@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,12 +20,13 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 #: Torch's own switch for loading checkpoints with code in them.
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
-#: Lines around torch's reason for refusing a file.
+#: Lines around torch's reason for refusing a file: advice to load unsafely.
 _ADVICE = ('Weights only load failed', 'Please file', 'Check the',
            'To execute', '(1)', '(2)')  # fmt: skip
 #: Reasons that mean that it holds more than data.
 _CODE = re.compile(
-    r'\bglobal\b|refusing|unrecognized function|unsupported class|Can only',
+    r'\bglobal\b|refusing|unrecognized function|unsupported class|Can only'
+    '|allow_pickle',
     re.IGNORECASE,
 )
 
@@ -57,16 +59,18 @@ for _stand_in, _module, _name in (
 
 
 def allow_training_state() -> None:
-    """Let weights-only loading read what mmengine saves for resuming.
+    """Let weights-only loading read what training scripts save beside them.
 
-    Since torch 2.6 ``torch.load`` reads weights only, and mmengine 0.10.7
-    cannot resume: its checkpoints hold logged scalars as ``HistoryBuffer``
-    with numpy arrays. These few types are allowed; code is still refused.
+    mmengine's checkpoints hold logged scalars as ``HistoryBuffer`` with numpy
+    arrays: mmengine 0.10.7 cannot resume with torch 2.6, which reads weights
+    only. Other scripts save their arguments; a namespace is a bag of
+    attributes and its unpickling sets nothing else. Code is still refused.
     """
     multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
     kinds = np.float32, np.float64, np.int32, np.int64, np.uint32
     torch.serialization.add_safe_globals(
         [
+            argparse.Namespace,
             HistoryBuffer,
             np.ndarray,
             np.dtype,
@@ -79,31 +83,36 @@ def allow_training_state() -> None:
     )
 
 
-def read_checkpoint(
-    path: str | Path, map_location: Any = 'cpu', also: Sequence[type] = ()
-) -> Any:
+def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
     """Read a checkpoint, training state included, without running code.
 
     Args:
-        path (str | Path): A file written by a training run or by
-            ``tools/compress.py``.
+        path (str | Path): A file that ``torch.save`` wrote.
         map_location: See :func:`torch.load`. Defaults to 'cpu'.
-        also (Sequence[type]): Further types that this file may hold.
-            Defaults to none.
 
     Raises:
         UnpicklingError: If it holds anything but data.
+        BadZipFile: If it is damaged.
     """
+    _check_archive(path)
     # Anew each time: leaving a ``safe_globals`` block, as the maintained
     # mmengine does after every load, drops what was allowed before it.
     allow_training_state()
-    allowed = list(torch.serialization.get_safe_globals())
-    torch.serialization.add_safe_globals(list(also))
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(allowed)
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _check_archive(path: str | Path, required: bool = False) -> None:
+    """Compare the checksums of a zip file, which torch does not.
+
+    Files of the format before torch 1.6 are no zip files and pass, unless it
+    is ``required``.
+    """
+    if not required and not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:  # fails on what is none
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
 
 
 def trusted() -> bool:
@@ -111,75 +120,44 @@ def trusted() -> bool:
     return os.environ.get(TRUST, '0').lower() in ('1', 'y', 'yes', 'true')
 
 
-def _check_archive(path: str | Path) -> None:
-    """Compare the checksums of a zip file, which torch does not.
-
-    Files of the format before torch 1.6 are no zip files and pass.
-
-    Raises:
-        BadZipFile: If it is damaged.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
-
-
-class UnreadableError(Exception):
-    """A file that does not load: the reason, and whether it holds code."""
-
-
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn what a reader of files raises into :class:`UnreadableError`.
+def explained(path: Path, trust: str) -> Iterator[None]:
+    """Turn what a reader of a file raises into :class:`CheckpointError`.
 
-    Torch's advice to load unsafely is not passed on.
+    Args:
+        path (Path): The file.
+        trust (str): What to do about code in it, if it is trusted.
     """
     try:
         yield
-    except UnpicklingError as error:
+    except Exception as error:  # damaged bytes raise about anything
         lines = [line.strip() for line in str(error).splitlines()]
         lines = [x for x in lines if x and not x.startswith(_ADVICE)]
-        reason = lines[0] if lines else 'not a pickle of weights'
-        reason = reason.removeprefix('WeightsUnpickler error: ')
-        reason = reason.split(' Please use')[0].rstrip('. ')
-        code = bool(_CODE.search(reason))
-        raise UnreadableError(reason, code) from error
-    except Exception as error:  # damaged bytes raise about anything
-        reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
-        code = 'allow_pickle' in reason
-        raise UnreadableError(reason, code) from error
-
-
-def read_whole(
-    path: Path, map_location: Any = 'cpu', also: Sequence[type] = ()
-) -> Any:
-    """:func:`read_checkpoint`, and a comparison of checksums before.
-
-    Raises:
-        UnreadableError: If the file is damaged or holds anything but data.
-    """
-    with explained():
-        _check_archive(path)
-        return read_checkpoint(path, map_location, also)
+        why = lines[0] if lines else type(error).__name__
+        why = why.removeprefix('WeightsUnpickler error: ').split('. ')[0]
+        why = why.rstrip('. ')
+        message = (
+            f'cannot be read ({why}; it has {path.stat().st_size} bytes): it '
+            f'is truncated, damaged or no {path.suffix or "checkpoint"} file; '
+            'download or copy it again, or use an earlier one'
+        )
+        if _CODE.search(why):
+            message = (
+                f'holds more than weights ({why}). It was not loaded, because '
+                'loading it could run code. If you trust where it comes from, '
+                f'{trust}'
+            )
+        raise CheckpointError(f'checkpoint {path} {message}') from error
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict:
-    """Read a checkpoint as mmengine's loader of local files, without code.
+    """Read a local checkpoint for mmengine, without code.
 
-    Takes the place of mmengine's loader when pm_seg is imported. The
+    Takes the place of mmengine's loader, see :func:`use_safe_loading`. The
     maintained mmengine reads everything, code included, if reading weights
     alone fails, and every mmengine runs a ``config`` it finds in a
-    checkpoint's meta data when it resumes. Here code is refused and that
-    entry is dropped. Setting the environment variable
-    ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``, which is torch's own, gives
-    trusted files the old treatment.
-
-    Args:
-        filename (str): Path of the checkpoint.
-        map_location: See :func:`torch.load`.
+    checkpoint's meta data when it resumes: that entry is dropped. Trusted
+    files may hold code, see ``TRUST``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -190,44 +168,32 @@ def load_from_local(filename: str, map_location: Any = None) -> dict:
         raise FileNotFoundError(
             f'checkpoint {path} does not exist; give the path of a .pth file'
         )
-    try:
-        if trusted():
-            with explained():
-                content = torch.load(
-                    path, map_location=map_location, weights_only=False
-                )
-        else:
-            content = read_whole(path, map_location)
-    except UnreadableError as error:
-        why, holds_code = error.args
-        if holds_code:
-            message = (
-                f'checkpoint {path} holds more than weights ({why}). It was '
-                'not loaded, because loading it could run code. If you trust '
-                f'where it comes from, set the environment variable {TRUST}=1'
-            )
-        else:
-            remedy = 'download or copy it again, or use an earlier one'
-            if path.suffix.lower() in ('.npz', '.safetensors'):
-                remedy = 'use tools/convert_checkpoint.py'
-            message = (
-                f'checkpoint {path} cannot be read ({why}; it has '
-                f'{path.stat().st_size} bytes): it is truncated, damaged or '
-                f'no .pth file; {remedy}'
-            )
-        raise CheckpointError(message) from error
-    if not isinstance(content, Mapping) or not content:
-        kind = f'a {type(content).__name__}'
-        kind = 'nothing' if isinstance(content, Mapping) else kind
+    if path.suffix.lower() in ('.npz', '.safetensors'):
         raise CheckpointError(
-            f'checkpoint {path} holds {kind}; expected a dict of weights by '
-            'name, or one with a state_dict, as torch.save('
-            'model.state_dict(), path) writes it'
+            f'checkpoint {path} is no .pth file; make one of it with '
+            'tools/convert_checkpoint.py'
+        )
+    with explained(path, f'set the environment variable {TRUST}=1'):
+        if trusted():
+            content = torch.load(path, map_location, weights_only=False)
+        else:
+            content = read_checkpoint(path, map_location)
+    if not isinstance(content, Mapping) or not content:
+        empty = '' if content else 'n empty'
+        raise CheckpointError(
+            f'checkpoint {path} holds a{empty} {type(content).__name__}; '
+            'expected a dict of weights by name, or one with a state_dict, as '
+            'torch.save(model.state_dict(), path) writes it'
         )
     meta = content.get('meta')
     if isinstance(meta, dict):
         meta.pop('config', None)
     return content
+
+
+def use_safe_loading() -> None:
+    """Let mmengine read local checkpoints with load_from_local."""
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
 
 
 def latest_intact_checkpoint(
@@ -244,10 +210,9 @@ def latest_intact_checkpoint(
             weights. Defaults to False.
     """
     found = [
-        (int(path.stem.rsplit('_', 1)[1]), path)
-        for kind in ('iter', 'epoch')
-        for path in Path(work_dir).glob(f'{kind}_*.pth')
-        if path.stem.rsplit('_', 1)[1].isdigit()
+        (int(match[1]), path)
+        for path in Path(work_dir).glob('*.pth')
+        if (match := re.fullmatch(r'(?:iter|epoch)_(\d+)', path.stem))
     ]
     for _, path in sorted(found, reverse=True):
         problem = _fault(path, finite)
@@ -260,19 +225,11 @@ def latest_intact_checkpoint(
 def _fault(path: Path, finite: bool) -> str | None:
     """What keeps a run from going on from a checkpoint, if anything."""
     try:
-        whole = zipfile.is_zipfile(path)
-        _check_archive(path)
+        _check_archive(path, required=True)
     except (zipfile.BadZipFile, OSError):
-        whole = False
-    if not whole:
         return 'not a whole checkpoint'
     state = read_checkpoint(path).get('state_dict', {}) if finite else {}
     for key, value in state.items():
         if not torch.isfinite(value).all():
             return f'{key} contains NaN or inf'
     return None
-
-
-def use_safe_loading() -> None:
-    """Let mmengine read local checkpoints with load_from_local."""
-    CheckpointLoader.register_scheme('', load_from_local, force=True)

@@ -29,15 +29,11 @@ class WorkDirInUseError(RuntimeError):
 
 @contextmanager
 def work_dir_lock(folder: str | Path) -> Iterator[None]:
-    """Hold the lock of a work directory inside the block.
+    """Hold the lock of a work directory, made if needed, inside the block.
 
     The lock is the system's (``fcntl.lockf``) on the file ``.lock``, which
-    says whose it is. It ends with its process, however that ends, so there
-    is nothing to clean up after a crash. File systems and platforms without
-    locks do without.
-
-    Args:
-        folder (str | Path): Created if needed.
+    says whose it is. It ends with its process, however that ends. File systems
+    and platforms without locks do without.
 
     Raises:
         WorkDirInUseError: If a live process holds it; names that process.

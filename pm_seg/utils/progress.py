@@ -30,8 +30,7 @@ class TimeLeft:
     """Estimates how long a loop will take; made when the loop starts.
 
     Args:
-        start (int): Steps that were over before, in an earlier run. Defaults
-            to 0.
+        start (int): Steps that an earlier run made. Defaults to 0.
     """
 
     def __init__(self, start: int = 0) -> None:
@@ -57,8 +56,7 @@ class ProgressReporter:
     Args:
         title (str): What is being done.
         total (int): Number of steps.
-        start (int): Steps that are over already, in an earlier run. Defaults
-            to 0.
+        start (int): Steps that an earlier run made. Defaults to 0.
 
     Example:
         >>> with ProgressReporter('Scoring', 50) as report:
@@ -74,41 +72,38 @@ class ProgressReporter:
         self.total = total
         self.start = start
         self.console = Console(stderr=True)
-        self._bar: Progress | None = None
+        self._bar = Progress(
+            TextColumn('{task.description}'),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn('{task.fields[note]}'),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            title, start=False, total=total, completed=start, note=''
+        )
         self._printed = start * self.num_lines // max(total, 1)
 
     def __enter__(self) -> ProgressReporter:
         self._left = TimeLeft(self.start)
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn('{task.description}'),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                TextColumn('{task.fields[note]}'),
-                console=self.console,
-            )
-            self._task = self._bar.add_task(
-                self.title, total=self.total, completed=self.start, note=''
-            )
-            self._bar.start()
+        self._bar.start_task(self._task)
+        self._bar.start()
         return self
 
     def __call__(self, done: int, note: str = '') -> None:
         """Report that ``done`` steps are over."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
-            return
+        self._bar.update(self._task, completed=done, note=note)
         part = done * self.num_lines // max(self.total, 1)
-        if part > self._printed:
+        if self._bar.disable and part > self._printed:
             self._printed = part
             counts = f'{self.title}: {done}/{self.total}'
             texts = counts, self._left(done, self.total), note
             self.console.out(', '.join(filter(None, texts)), highlight=False)
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
 
 @contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
-#: Printed while OpenMMLab packages are imported.
+#: Printed while OpenMMLab packages are imported, and beginnings of warnings
+#: (mmcv without compiled operators, of which pm_seg needs none; torch 2.4).
 IMPORT_NOISE = ('Could not import OneDL',)
+IMPORT_WARNINGS = ('Fail to import', '`TorchScript` support')
 
 #: Beginnings of warnings on the way to the first iteration.
 WARNING_NOISE = (
@@ -39,28 +41,23 @@ LOG_NOISE = (
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """What imports print is printed after the block, without the noise."""
-    printed = io.StringIO()
+    """What imports print and warn of comes after the block, without noise."""
+    printed, caught = io.StringIO(), []
     try:
-        with warnings.catch_warnings(), redirect_stdout(printed):
-            # mmcv without compiled operators; pm_seg needs none.
-            warnings.filterwarnings('ignore', message='Fail to import')
-            warnings.showwarning = _without_torchscript(warnings.showwarning)
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            redirect_stdout(printed),
+        ):
             yield
     finally:
+        for each in caught:
+            if not str(each.message).startswith(IMPORT_WARNINGS):
+                warnings.warn_explicit(
+                    each.message, each.category, each.filename, each.lineno
+                )
         for line in printed.getvalue().splitlines():
             if line not in IMPORT_NOISE:
                 print(line)
-
-
-def _without_torchscript(show: Callable[..., None]) -> Callable[..., None]:
-    """Torch 2.4 shows this one always, whatever filters say."""
-
-    def filtered(message: Warning | str, *args, **kwargs) -> None:
-        if not str(message).startswith('`TorchScript` support'):
-            show(message, *args, **kwargs)
-
-    return filtered
 
 
 def quiet_warnings() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -30,18 +29,14 @@ def time_interleaved(
         dict[str, list[float]]: Seconds of each call.
     """
 
-    def synchronise() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(-warmup, rounds):
         for name, function in functions.items():
-            function()
-            synchronise()
-            start = time.perf_counter()
-            function()
-            synchronise()
+            for _ in range(2):
+                start = time.perf_counter()
+                function()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -65,8 +60,3 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_max = -1, -4
     return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
-
-
-def median(seconds: list[float]) -> float:
-    """Median of a list of timings."""
-    return statistics.median(seconds)

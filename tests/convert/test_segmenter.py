@@ -13,7 +13,8 @@ from foreign import (
     run_segmenter,
 )
 
-from pm_seg.convert import ConversionError, Hints, convert_segmenter
+from pm_seg.convert import Hints, convert_segmenter
+from pm_seg.utils.checkpoints import CheckpointError
 
 VARIANT = dict(
     dataset_kwargs=dict(dataset='ade20k', normalization='deit'),
@@ -144,17 +145,17 @@ def test_variant() -> None:
 def test_damaged(change, message: str) -> None:
     state = random_segmenter()
     change(state)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         convert_segmenter(state, Hints())
 
 
 def test_truncated_or_another_variant() -> None:
     state = random_segmenter(grid=(3, 5), depth=1)
-    with pytest.raises(ConversionError, match='n_layers=2, the weights have'):
+    with pytest.raises(CheckpointError, match='n_layers=2, the weights have'):
         convert_segmenter(state, Hints(variant=VARIANT))
 
 
 def test_a_classifier_is_not_a_segmenter() -> None:
     state = part(random_segmenter(), 'encoder.')
-    with pytest.raises(ConversionError, match="use the kind 'timm'"):
+    with pytest.raises(CheckpointError, match="use the kind 'timm'"):
         convert_segmenter(state, Hints())

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pm_seg.convert import ConversionError, Hints, read_source
+from pm_seg.convert import read_source
+from pm_seg.utils.checkpoints import CheckpointError
 
 STATE = {'a.weight': torch.arange(4.0), 'b.bias': torch.ones(2)}
 
@@ -39,7 +40,7 @@ class Attack:
 )
 def test_layouts(tmp_path: Path, content: dict) -> None:
     torch.save(content, tmp_path / 'x.pth')
-    state = read_source(tmp_path / 'x.pth').state
+    state, _ = read_source(tmp_path / 'x.pth')
     assert state.keys() == STATE.keys()
     for key, value in STATE.items():
         assert torch.equal(state[key], value)
@@ -52,30 +53,30 @@ def test_facts(tmp_path: Path, where: str) -> None:
         {**STATE, **facts} if where == 'inside' else dict(model=STATE, **facts)
     )
     torch.save(content, tmp_path / 'x.pth')
-    source = read_source(tmp_path / 'x.pth')
-    assert source.state.keys() == STATE.keys()
-    assert source.facts['channels'].tolist() == [5, 4]
-    assert Hints.of(source).num_heads == 2
-    assert Hints.of(source, num_heads=3).num_heads == 3
+    state, hints = read_source(tmp_path / 'x.pth')
+    assert state.keys() == STATE.keys()
+    assert hints.facts['channels'].tolist() == [5, 4]
+    assert hints.num_heads == 2
+    assert read_source(tmp_path / 'x.pth', num_heads=3)[1].num_heads == 3
 
 
 def test_formats(tmp_path: Path) -> None:
     arrays = {key: value.numpy() for key, value in STATE.items()}
     np.savez(tmp_path / 'x.npz', **arrays, name=np.array('vit'))
-    assert read_source(tmp_path / 'x.npz').state.keys() == STATE.keys()
+    assert read_source(tmp_path / 'x.npz')[0].keys() == STATE.keys()
     torch.save(
         STATE, tmp_path / 'old.pth', _use_new_zipfile_serialization=False
     )
-    assert read_source(tmp_path / 'old.pth').state.keys() == STATE.keys()
+    assert read_source(tmp_path / 'old.pth')[0].keys() == STATE.keys()
 
 
 def test_safetensors(tmp_path: Path) -> None:
     torch_io = pytest.importorskip('safetensors.torch')
     path = tmp_path / 'x.safetensors'
     torch_io.save_file(STATE, path)
-    assert read_source(path).state.keys() == STATE.keys()
+    assert read_source(path)[0].keys() == STATE.keys()
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ConversionError, match='truncated, damaged'):
+    with pytest.raises(CheckpointError, match='truncated, damaged'):
         read_source(path)
 
 
@@ -83,7 +84,7 @@ def test_safetensors_without_its_package(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / 'x.safetensors').write_bytes(b'0' * 64)
     for name in ('safetensors', 'safetensors.torch'):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConversionError, match='pip install safetensors'):
+    with pytest.raises(CheckpointError, match='pip install safetensors'):
         read_source(tmp_path / 'x.safetensors')
 
 
@@ -97,7 +98,7 @@ def test_code_is_refused(tmp_path: Path) -> None:
         _use_new_zipfile_serialization=False,
     )
     for name in ('x.pth', 'x.npz', 'old.pth'):
-        with pytest.raises(ConversionError, match='can run code') as error:
+        with pytest.raises(CheckpointError, match='could run code') as error:
             read_source(tmp_path / name)
         assert 'weights_only' not in str(error.value)
     assert not (tmp_path / 'pwned').exists()
@@ -124,7 +125,7 @@ def test_damage(tmp_path: Path, suffix: str, damage: str) -> None:
             text=b'<html>404 Not Found</html>',
         )[damage]
     )
-    with pytest.raises(ConversionError, match='truncated, damaged or not'):
+    with pytest.raises(CheckpointError, match='truncated, damaged or no'):
         read_source(path)
 
 
@@ -140,12 +141,12 @@ def test_damage(tmp_path: Path, suffix: str, damage: str) -> None:
 )
 def test_no_weights(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / 'x.pth')
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         read_source(tmp_path / 'x.pth')
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match='is not a file'):
+    with pytest.raises(CheckpointError, match='is not a file'):
         read_source(tmp_path / 'x.pth')
 
 
@@ -155,8 +156,8 @@ def test_variant(tmp_path: Path) -> None:
     path.write_text(
         'net_kwargs:\n  image_size: !!python/tuple\n  - 512\n  - 512\n'
     )
-    source = read_source(tmp_path / 'checkpoint.pth')
-    assert source.variant == dict(net_kwargs=dict(image_size=(512, 512)))
+    _, hints = read_source(tmp_path / 'checkpoint.pth')
+    assert hints.variant == dict(net_kwargs=dict(image_size=(512, 512)))
     target = tmp_path / 'pwned'
     for text in (
         f'a: !!python/object/apply:os.mkdir ["{target}"]',
@@ -164,7 +165,7 @@ def test_variant(tmp_path: Path) -> None:
         'a: !!int b',
     ):
         path.write_text(text)
-        with pytest.raises(ConversionError, match='move it away'):
+        with pytest.raises(CheckpointError, match='move it away'):
             read_source(tmp_path / 'checkpoint.pth')
     assert not target.exists()
 
@@ -172,7 +173,9 @@ def test_variant(tmp_path: Path) -> None:
 def test_pretrained_cfg(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / 'x.pth')
     path = tmp_path / 'config.json'
-    path.write_text('{"pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}}')
-    assert read_source(tmp_path / 'x.pth').pretrained_cfg['mean'] == [0.5] * 3
-    path.write_text('not json')
-    assert read_source(tmp_path / 'x.pth').pretrained_cfg == {}
+    path.write_text('{"pretrained_cfg": {"mean": [0.5], "std": [1, 2]}}')
+    _, hints = read_source(tmp_path / 'x.pth')
+    assert hints.pretrained_cfg == dict(mean=[0.5], std=[1.0, 2.0])
+    for text in ('not json', '[1]', '{"pretrained_cfg": {"mean": "x"}}'):
+        path.write_text(text)
+        assert read_source(tmp_path / 'x.pth')[1].pretrained_cfg == {}

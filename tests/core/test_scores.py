@@ -124,7 +124,7 @@ def test_no_hooks_left_and_no_gradient() -> None:
 
 def test_errors() -> None:
     net = TinyNet()
-    with pytest.raises(ValueError, match="reduction='sum' is unknown"):
+    with pytest.raises(ValueError, match="reduction='sum' must be one of"):
         ScoreRecorder(net.taps, 6, 1, 'sum')
     with (
         ScoreRecorder(net.taps, 9, 1),

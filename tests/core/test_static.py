@@ -167,7 +167,7 @@ def test_dense_form_starts_as_the_sparse_one() -> None:
         (dict(decay=-0.1), 'decay=-0.1 leaves layer 2'),
         (dict(threshold='x'), "threshold='x' must be one of"),
         (dict(matrices='x'), "matrices='x' must be one of"),
-        (dict(matrices='dense'), 'needs num_groups'),
+        (dict(matrices='dense'), 'num_groups=None must hold 3 counts'),
         (dict(num_groups=[1, 2]), 'must hold 3 counts'),
         (dict(num_groups=[1, 2, 25]), 'must hold 3 counts'),
     ],

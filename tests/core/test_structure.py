@@ -108,8 +108,8 @@ def test_a_layer_below_the_global_threshold_keeps_nothing() -> None:
         (0.5, 1.0, 'prune_rate=1.0 is not in'),
         (0.5, -0.1, 'prune_rate=-0.1 is not in'),
         (0.8, 0.3, 'is above 1'),
-        ('0.8', 0.0, "keep_rate='0.8' is a str"),
-        (0.5, None, 'prune_rate=None is a NoneType'),
+        ('0.8', 0.0, "keep_rate='0.8' is not in"),
+        (0.5, None, 'prune_rate=None is not in'),
     ],
 )
 def test_bad_rates(keep_rate, prune_rate, message: str) -> None:

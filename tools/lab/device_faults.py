@@ -66,9 +66,9 @@ DEVICE_FAULTS = (
         'if not torch.compiler.is_compiling():', 'if False:', DEVICES,
     ),
     Fault(
-        'positional', 'half precision rounds scores to zero',
+        'static', 'half precision rounds scores to zero',
         'elif self.scores.dtype != scores.dtype:', 'elif False:',
-        ('test_positional',),
+        ('test_static_groups',),
     ),
     Fault(
         'models/layers', 'attention on a GPU has a mask',

@@ -29,7 +29,7 @@ MERGE = ('test_merging',)
 FOUND = ('test_similarity',)
 RUN = ('test_progressive', 'test_contract')
 MAPS = ('test_token_map', 'test_properties')
-STATIC = ('test_static', 'test_positional', 'test_properties')
+STATIC = ('test_static', 'test_static_groups', 'test_properties')
 
 # fmt: off
 FAULTS = (
@@ -287,18 +287,19 @@ FAULTS = (
         'passes = 2\n', 'passes = 0\n', STATIC,
     ),
     Fault(
-        'static', 'weights of pruned tokens are trained',
-        'F.pad(merge, (prefix, 0), value=1.0) * live',
-        'F.pad(merge, (prefix, 0), value=1.0)', STATIC,
+        'token_map', 'weights of pruned tokens are trained',
+        'F.pad(merge, (num_prefix, 0), value=1.0) * live',
+        'F.pad(merge, (num_prefix, 0), value=1.0)', STATIC,
     ),
     Fault(
-        'positional', 'scores are cast with the model',
+        'static', 'scores are cast with the model',
         'self.scores = scores.to(self.scores.device)', 'pass', STATIC,
     ),
     Fault(
-        'positional', 'damaged groups are loaded',
-        'self._check_groups(self.group)\n',
-        'pass\n', STATIC,
+        'static', 'damaged groups are loaded',
+        'count_groups(\n                self.group, self.layers, '
+        'self.num_groups\n            )',
+        '(self.group.amax(1) + 1).tolist()', STATIC,
     ),
 )
 # fmt: on
