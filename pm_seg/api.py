@@ -135,37 +135,31 @@ def make_compressible(
         )
     options = dict(compression)
     if keep is not None and options.get('type') != 'paper':
-        options['keep'] = keep  # the paper's has rates; see set_keep
+        options['keep'] = keep  # the paper's has rates
     small = copy.deepcopy(model)
     vit = find_timm_vit(small)
     if vit is not None:
         compress_timm_vit(vit, options)
-        if keep is not None:
-            vit.blocks.compressor.set_keep(keep)
-        return small.train(model.training)
-    if not isinstance(small, BaseModel) or not hasattr(small, 'backbone'):
+        small.train(model.training)
+    elif not isinstance(small, BaseModel) or not hasattr(small, 'backbone'):
         raise ValueError(
             f'{type(model).__name__} is not supported; expected {SUPPORTED}'
         )
-    modules = compressible_modules(small)
-    if modules:
-        if compression:
-            raise ValueError(
-                'the model has its own compression; got '
-                f'{sorted(compression)}, expected keep alone. Change the '
-                'others in its config, or pass the dense model'
-            )
-        if keep is not None:
-            for module in modules.values():
-                module.compressor.set_keep(keep)
-        return small
-    backbone = compressible_backbone(small.backbone, options)
-    backbone.to(next(small.parameters()))
+    elif not compressible_modules(small):
+        backbone = compressible_backbone(small.backbone, options)
+        backbone.to(next(small.parameters()))
+        backbone.train(small.backbone.training)
+        small.backbone = backbone
+        if isinstance(getattr(small, 'cfg', None), Config):
+            name = type(backbone).__name__
+            small.cfg.model.backbone.update(type=name, compression=options)
+    elif compression:
+        raise ValueError(
+            'the model has its own compression; got '
+            f'{sorted(compression)}, expected keep alone. Change the others '
+            'in its config, or pass the dense model'
+        )
     if keep is not None:
-        backbone.compressor.set_keep(keep)
-    backbone.train(small.backbone.training)
-    small.backbone = backbone
-    if isinstance(getattr(small, 'cfg', None), Config):
-        name = type(backbone).__name__
-        small.cfg.model.backbone.update(type=name, compression=options)
+        for module in compressible_modules(small).values():
+            module.compressor.set_keep(keep)
     return small

@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from pm_seg.stacks import DISTRIBUTIONS, Stacks, installed_stacks, version
+from pm_seg.stacks import Stacks, installed_stacks, version
 from pm_seg.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,48 +40,22 @@ def imports(name: str) -> str:
     return ''
 
 
-def attention_backends(device: str) -> list[str]:
-    """Fused attention that runs on a device, tried on small tensors."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    dtype = torch.float16 if device == 'cuda' else torch.float32
-    works = []
-    for name in ('FLASH_ATTENTION', 'EFFICIENT_ATTENTION', 'CUDNN_ATTENTION'):
-        backend = getattr(SDPBackend, name, None)
-        if backend is None:
-            continue
-        q = torch.zeros(1, 2, 64, 64, dtype=dtype, device=device)
-        try:
-            with warnings.catch_warnings(), sdpa_kernel(backend):
-                warnings.simplefilter('ignore')
-                torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        except RuntimeError:
-            continue
-        works.append(name.removesuffix('_ATTENTION').lower())
-    return works
-
-
 def commit(root: Path = ROOT) -> str:
-    """Commit of a checkout, '+ changes' if files differ; '' elsewhere."""
+    """Commit of a checkout, '-dirty' if files differ; '' elsewhere."""
     if not (root / '.git').exists():
         return ''
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ['git', '-C', str(root), *arguments],
+    git = ['git', '-C', str(root), 'describe', '--always', '--dirty']
+    try:
+        found = subprocess.run(
+            [*git, '--exclude=*'],
             capture_output=True,
             text=True,
             check=True,
             timeout=20,
-        ).stdout.strip()
-
-    try:
-        name = git('rev-parse', '--short', 'HEAD')
-        changed = git('status', '--porcelain', '--untracked-files=no')
+        )
     except (OSError, subprocess.SubprocessError):
         return ''
-    return f'commit {name}{" + changes" if changed else ""}'
+    return f'commit {found.stdout.strip()}'
 
 
 def processor() -> str:
@@ -94,13 +68,6 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _torch() -> Iterator[tuple[str, str]]:
     try:
         import torch
@@ -108,8 +75,7 @@ def _torch() -> Iterator[tuple[str, str]]:
         yield 'torch', f'does not import: {error}'
         return
     yield 'torch', torch.__version__
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device == 'cpu':
+    if not torch.cuda.is_available():
         yield 'GPU', 'none that torch can use'
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -119,15 +85,13 @@ def _torch() -> Iterator[tuple[str, str]]:
             f'compute capability {gpu.major}.{gpu.minor}',
         )
     yield 'CUDA of torch', torch.version.cuda or 'none'
-    works = ', '.join(attention_backends(device)) or 'none'
-    yield 'fused attention', f'{works} (on {device})'
     yield 'threads', str(torch.get_num_threads())
 
 
 def _stack(stacks: Stacks) -> Iterator[tuple[str, str]]:
     yield 'OpenMMLab stack', stacks.kind
-    for name in DISTRIBUTIONS:
-        found = [f'{number} ({d})' for d, number in stacks.of(name).items()]
+    for name, owners in stacks.found.items():
+        found = [f'{number} ({d})' for d, number in owners.items()]
         problem = imports(name) if found else 'not installed'
         text = '; '.join(filter(None, [', '.join(found), problem]))
         yield f'  {name}', text
@@ -145,7 +109,7 @@ def report() -> str:
         ('pm_seg', ', '.join(text for text in ours if text)),
         ('python', f'{platform.python_version()}, {sys.executable}'),
         ('system', platform.platform()),
-        ('CPU', f'{processor()}, {_cores()} cores to use'),
+        ('CPU', f'{processor()}, {os.cpu_count()} cores'),
         *_torch(),
         *((name, version(name) or 'not installed') for name in PACKAGES),
         *_stack(stacks),

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
-#: Distributions that install each import name: the maintained forks and the
-#: original packages.
-DISTRIBUTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    'mmcv': (('onedl-mmcv',), ('mmcv', 'mmcv-lite', 'mmcv-full')),
-    'mmengine': (('onedl-mmengine',), ('mmengine', 'mmengine-lite')),
-    'mmseg': (('onedl-mmsegmentation',), ('mmsegmentation',)),
-    'mmpretrain': (('onedl-mmpretrain',), ('mmpretrain', 'mmcls')),
+#: Distributions that install each import name, the maintained fork first.
+DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
+    'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite', 'mmcv-full'),
+    'mmengine': ('onedl-mmengine', 'mmengine', 'mmengine-lite'),
+    'mmseg': ('onedl-mmsegmentation', 'mmsegmentation'),
+    'mmpretrain': ('onedl-mmpretrain', 'mmpretrain', 'mmcls'),
 }
 
 
@@ -21,45 +20,43 @@ class Stacks:
     """What is installed.
 
     Attributes:
-        forks, originals (dict[str, dict[str, str]]): Version of each
-            installed distribution, by the import name it installs.
+        found (dict[str, dict[str, str]]): Version of each installed
+            distribution, by the import name it installs.
     """
 
-    forks: Mapping[str, Mapping[str, str]]
-    originals: Mapping[str, Mapping[str, str]]
-
-    def of(self, name: str) -> dict[str, str]:
-        """Versions of the distributions that install an import name."""
-        return {**self.forks[name], **self.originals[name]}
+    found: Mapping[str, Mapping[str, str]]
 
     @property
     def versions(self) -> dict[str, str]:
         """Version of every distribution that is installed."""
-        groups = (*self.forks.values(), *self.originals.values())
-        return {name: v for found in groups for name, v in found.items()}
+        return {d: v for each in self.found.values() for d, v in each.items()}
 
     @property
     def conflicts(self) -> dict[str, list[str]]:
         """Import names with several distributions, and these."""
-        both = {name: list(self.of(name)) for name in DISTRIBUTIONS}
-        return {name: found for name, found in both.items() if len(found) > 1}
+        return {
+            name: list(owners)
+            for name, owners in self.found.items()
+            if len(owners) > 1
+        }
 
     @property
     def mixed(self) -> bool:
         """Whether packages of both stacks are there."""
-        return any(self.forks.values()) and any(self.originals.values())
+        return len({d.startswith('onedl-') for d in self.versions}) > 1
 
     @property
     def kind(self) -> str:
         """Which stack this is, in a few words."""
-        if not self.versions:
+        versions = self.versions
+        if not versions:
             return 'not installed'
         if self.problem():
-            return f'MIXED: {", ".join(self.versions)}'
+            return f'MIXED: {", ".join(versions)}'
         kind = 'original OpenMMLab'
-        if any(self.forks.values()):
+        if next(iter(versions)).startswith('onedl-'):
             kind = 'onedl-* (the maintained forks)'
-        whole = all(map(self.of, DISTRIBUTIONS))
+        whole = all(self.found.values())
         return kind if whole else f'{kind}, not all packages'
 
     def problem(self) -> str | None:
@@ -92,11 +89,9 @@ def version(distribution: str) -> str | None:
 
 def installed_stacks() -> Stacks:
     """Look for the distributions of both stacks, by their metadata."""
-
-    def find(stack: int) -> dict[str, dict[str, str]]:
-        return {
-            name: {d: found for d in both[stack] if (found := version(d))}
-            for name, both in DISTRIBUTIONS.items()
+    return Stacks(
+        {
+            name: {d: found for d in known if (found := version(d))}
+            for name, known in DISTRIBUTIONS.items()
         }
-
-    return Stacks(find(0), find(1))
+    )
