@@ -12,25 +12,28 @@ from matplotlib.text import Text
 from tiny import batch, build
 
 from pm_seg.engine import Measuring, compress
-from pm_seg.visualization import (
-    JUDGED,
-    Panel,
+from pm_seg.visualization.figures import (
     depth_figure,
+    panel_figure,
+    ranking_figure,
+    save_figure,
+    to_array,
+    to_svg,
+)
+from pm_seg.visualization.inspection import Inspection
+from pm_seg.visualization.panels import (
+    JUDGED,
+    VERMILION,
+    Panel,
     draw_difference,
     draw_groups,
     group_panels,
     make_palette,
     paint_labels,
-    panel_figure,
     prediction_panels,
-    ranking_figure,
-    save_figure,
+    rgb,
     score_panels,
-    to_array,
-    to_svg,
 )
-from pm_seg.visualization.inspection import Inspection
-from pm_seg.visualization.panels import VERMILION, rgb
 from pm_seg.visualization.report import CompressionReport, png_uri
 
 

@@ -26,8 +26,8 @@ from ..utils.files import whole_files
 from ..version import __version__
 from .figures import to_svg
 from .inspection import Inspection
-from .layers import module_reports, module_scores, tokens_figure
-from .panels import BLUE, SCORE_COLOURS, score_panels
+from .layers import model_score_panels, module_reports, tokens_figure
+from .panels import BLUE, SCORE_COLOURS
 
 
 def png_uri(image: np.ndarray) -> str:
@@ -94,30 +94,27 @@ class CompressionReport:
             modules=module_reports(self.model),
             speeds=list(self._speeds()),
             rounds=len(next(iter(self.seconds.values()))['dense']),
-            scores=score_panels(module_scores(self.model)),
+            scores=model_score_panels(self.model),
             scale=list(colormaps[SCORE_COLOURS]([0.0, 0.25, 0.5, 0.75, 1.0])),
         )
 
     def _cards(self) -> dict[str, tuple[str, str]]:
         """A large figure and a line below it, by name."""
-        dense, compressed = self.macs['dense'], self.macs['compressed']
+        dense, small = self.macs['dense'] / 1e9, self.macs['compressed'] / 1e9
         cards = {
-            'GMACs': (
-                f'{compressed / dense:.0%}',
-                f'{dense / 1e9:.2f} → {compressed / 1e9:.2f}',
-            )
+            'GMACs': (f'{small / dense:.0%}', f'{dense:.2f} → {small:.2f}')
         }
         for device, seconds in self.seconds.items():
-            before, after = (
+            dense, small = (
                 1e3 * median(seconds[name]) for name in ('dense', 'compressed')
             )
             cards[f'speed, {device}'] = (
-                f'{before / after:.2f}x',
-                f'{before:.1f} → {after:.1f} ms',
+                f'{dense / small:.2f}x',
+                f'{dense:.1f} → {small:.1f} ms',
             )
-        for name, value in self.accuracy.get('dense', {}).items():
-            after = self.accuracy['compressed'][name]
-            cards[name] = (f'{after:.2f}', f'{value:.2f} dense')
+        for name, dense in self.accuracy.get('dense', {}).items():
+            small = self.accuracy['compressed'][name]
+            cards[name] = (f'{small:.2f}', f'{dense:.2f} dense')
         return cards
 
     def _speeds(self) -> Iterator[tuple[str, float, float, float]]:
@@ -126,12 +123,9 @@ class CompressionReport:
             for name, times in seconds.items():
                 low, _, high = statistics.quantiles(times, n=4)
                 middle = median(times)
-                yield (
-                    f'{device}, {name}',
-                    1e3 * middle,
-                    500 * (high - low),
-                    median(seconds['dense']) / middle,
-                )
+                speed = median(seconds['dense']) / middle
+                title = f'{device}, {name}'
+                yield title, 1e3 * middle, 500 * (high - low), speed
 
 
 def versions() -> str:
