@@ -98,7 +98,7 @@ def compress(
             f'got keep={keep} and target={target}; they exclude each other'
         )
     measuring = measuring or Measuring()
-    show = partial(partial, progress or no_progress)
+    progress = progress or no_progress
     modules = require_compressible(model)
     if dataloader is None and needs_data(model):
         raise ValueError(
@@ -112,7 +112,7 @@ def compress(
                 _fresh(dataloader, measuring.seed),
                 measuring.score_batches,
                 measuring.reduction,
-                show('Scoring batches'),
+                partial(progress, 'Scoring batches'),
             )
             for name, found in scores.items():
                 modules[name].compressor.store(found)
@@ -131,8 +131,9 @@ def compress(
             loader = _fresh(dataloader, measuring.seed)
             batches = list(take(loader, measuring.calib_batches))
             if not known:
-                fit_importance(model, batches, show('Importance of tokens'))
-            choose_settings(model, batches, show('Ways to merge'))
+                title = 'Importance of tokens'
+                fit_importance(model, batches, partial(progress, title))
+            choose_settings(model, batches, partial(progress, 'Ways to merge'))
             if target is not None:
                 meet_target(model, target)
     for module in modules.values():

@@ -31,9 +31,10 @@ from .panels import (
     CHANGED,
     JUDGED,
     Panel,
-    group_panels,
+    draw_difference,
+    group_panel,
     make_palette,
-    prediction_panels,
+    paint_labels,
 )
 
 TOP = 5
@@ -76,20 +77,31 @@ class Inspection:
         return self.dense.ndim == 1
 
     def group_panels(self) -> list[Panel]:
-        """The groups of every layer over the image."""
-        return group_panels(self.image, self.groups, self.patch)
+        """The groups of every layer of every module over the image."""
+        return [
+            group_panel(f'{name} {index}', self.image, group, self.patch)
+            for name, layers in self.groups.items()
+            for index, group in enumerate(layers)
+        ]
 
     def prediction_panels(self, meta: dict) -> list[Panel]:
-        """Segmentations beside each other; of a classifier the image."""
+        """Image, annotation if there is one, both segmentations and their
+        difference; of a classifier the image."""
         if self.classifies:
             return [Panel('image', self.image)]
-        return prediction_panels(
-            self.original,
-            self.dense,
-            self.compressed,
-            self._palette(meta),
-            self.truth,
+        maps = dict(dense=self.dense, compressed=self.compressed)
+        if self.truth is not None:
+            maps = {'annotation': self.truth, **maps}
+        palette = self._palette(meta)
+        share = (self.dense != self.compressed).mean()
+        difference = draw_difference(
+            self.original, self.dense, self.compressed, self.truth
         )
+        return [
+            Panel('image', self.original),
+            *(Panel(k, paint_labels(m, palette)) for k, m in maps.items()),
+            Panel(f'difference: {share:.1%} of the pixels', difference),
+        ]
 
     def _palette(self, meta: dict) -> list[Sequence[int]]:
         """Colours of all classes, our own where the dataset has too few."""

@@ -83,17 +83,18 @@ def describe(model: nn.Module) -> str:
 
 def _table(report: ModuleReport) -> list[str]:
     between, pruned = report.splits, report.prunes
-    head = '  layer  ' + 'attention  ' * between + 'tokens         '
-    lines = [head + 'pruned  ' * pruned + ' GMACs  of dense']
+    attention, out = 'attention  ' * between, 'pruned  ' * pruned
+    lines = [f'  layer  {attention}tokens         {out} GMACs  of dense']
     for index, layer in enumerate(report.layers):
         kept = layer.kept / report.shape.num_tokens
-        line = f'  {index:5d}  '
-        line += f'{layer.attended:9d}  ' * between
-        line += f'{layer.kept:6d}  {kept:5.0%}  '
-        line += f'{layer.pruned:6d}  ' * pruned
-        line += f'{layer.macs / 1e9:6.3f}  '
-        lines.append(line + f'{layer.macs / report.layer_macs:8.0%}')
-    blank = ' ' * (15 + 11 * between + 8 * pruned)
+        attention = f'{layer.attended:9d}  ' * between
+        out = f'{layer.pruned:6d}  ' * pruned
+        share = layer.macs / report.layer_macs
+        lines.append(
+            f'  {index:5d}  {attention}{layer.kept:6d}  {kept:5.0%}  {out}'
+            f'{layer.macs / 1e9:6.3f}  {share:8.0%}'
+        )
+    blank = ' ' * (15 + len(attention) + len(out))
     macs = f'{report.macs / 1e9:6.3f}  {report.share:8.1%}'
     return [*lines, f'    all  {blank}{macs}']
 

@@ -73,42 +73,34 @@ def _cell(columns: int) -> int:
     return max(round(320 / columns), 4)
 
 
-def group_panels(
-    image: np.ndarray,
-    groups: Mapping[str, Sequence[np.ndarray]],
-    patch: int,
-) -> list[Panel]:
-    """The groups of every layer of every module, drawn over an image.
+def group_panel(
+    name: str, image: np.ndarray, group: np.ndarray, patch: int
+) -> Panel:
+    """The groups of a layer, drawn over what the model sees.
 
     Args:
-        image (np.ndarray): What the model sees.
-        groups (Mapping): Group of each token, (h, w), by layer, by name of
-            the module.
-        patch (int): Side of a token in pixels. An image that is no whole
-            number of tokens was padded right and below.
+        name (str): Of the layer.
+        image (np.ndarray): No whole number of tokens if it was padded right
+            and below.
+        group (np.ndarray): Group of each token, (h, w), -1 if pruned.
+        patch (int): Side of a token in pixels.
     """
-    panels = []
+    live = group[group >= 0]
+    count, total = len(np.unique(live)), group.size
+    kept = 'dense' if count == total else f'{count} of {total}'
+    pruned = f', {total - live.size} pruned' if live.size < total else ''
     height, width = image.shape[:2]
-    named = [(name, *x) for name in groups for x in enumerate(groups[name])]
-    for name, index, group in named:
-        live = group[group >= 0]
-        count, total = len(np.unique(live)), group.size
-        title = f'{name} {index}: '
-        title += 'dense' if count == total else f'{count} of {total}'
-        if live.size < total:
-            title += f', {total - live.size} pruned'
-        rows, columns = group.shape
-        below = max(rows * patch - height, 0)
-        right = max(columns * patch - width, 0)
-        drawn = np.pad(image, ((0, below), (0, right), (0, 0)), 'edge')
-        cell = _cell(columns)
-        size = (columns * cell, rows * cell)
-        drawn = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
-        if count < total:
-            drawn = draw_groups(drawn, group)
-        shown = drawn[: height * cell // patch, : width * cell // patch]
-        panels.append(Panel(title, shown))
-    return panels
+    rows, columns = group.shape
+    below = max(rows * patch - height, 0)
+    right = max(columns * patch - width, 0)
+    drawn = np.pad(image, ((0, below), (0, right), (0, 0)), 'edge')
+    cell = _cell(columns)
+    size = (columns * cell, rows * cell)
+    drawn = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
+    if count < total:
+        drawn = draw_groups(drawn, group)
+    shown = drawn[: height * cell // patch, : width * cell // patch]
+    return Panel(f'{name}: {kept}{pruned}', shown)
 
 
 def score_panels(scores: Mapping[str, np.ndarray]) -> list[Panel]:
@@ -164,30 +156,6 @@ def draw_difference(
     ):
         out[where] = rgb(JUDGED[name])
     return out
-
-
-def prediction_panels(
-    image: np.ndarray,
-    dense: np.ndarray,
-    compressed: np.ndarray,
-    palette: Sequence[Sequence[int]],
-    truth: np.ndarray | None = None,
-) -> list[Panel]:
-    """Image, annotation if given, both predictions and their difference."""
-    maps = {'annotation': truth, 'dense': dense, 'compressed': compressed}
-    share = (dense != compressed).mean()
-    return [
-        Panel('image', image),
-        *(
-            Panel(title, paint_labels(labels, palette))
-            for title, labels in maps.items()
-            if labels is not None
-        ),
-        Panel(
-            f'difference: {share:.1%} of the pixels',
-            draw_difference(image, dense, compressed, truth),
-        ),
-    ]
 
 
 def make_palette(num_classes: int) -> list[list[int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import platform
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from mmengine.utils import to_2tuple
 
 from ..env import processor
 from ..stacks import installed_stacks
-from ..utils import median
 from ..utils.files import whole_files
 from ..version import __version__
 from .figures import to_svg
@@ -88,44 +86,23 @@ class CompressionReport:
             report=self,
             blue=BLUE,
             size='x'.join(map(str, to_2tuple(self.model.backbone.img_size))),
-            cards=self._cards(),
             facts={**self.facts, 'versions': versions()},
             tokens=tokens_figure(self.model),
             modules=module_reports(self.model),
-            speeds=list(self._speeds()),
+            speeds={
+                device: {name: _timing(times[name]) for name in times}
+                for device, times in self.seconds.items()
+            },
             rounds=len(next(iter(self.seconds.values()))['dense']),
             scores=model_score_panels(self.model),
             scale=list(colormaps[SCORE_COLOURS]([0.0, 0.25, 0.5, 0.75, 1.0])),
         )
 
-    def _cards(self) -> dict[str, tuple[str, str]]:
-        """A large figure and a line below it, by name."""
-        dense, small = self.macs['dense'] / 1e9, self.macs['compressed'] / 1e9
-        cards = {
-            'GMACs': (f'{small / dense:.0%}', f'{dense:.2f} → {small:.2f}')
-        }
-        for device, seconds in self.seconds.items():
-            dense, small = (
-                1e3 * median(seconds[name]) for name in ('dense', 'compressed')
-            )
-            cards[f'speed, {device}'] = (
-                f'{dense / small:.2f}x',
-                f'{dense:.1f} → {small:.1f} ms',
-            )
-        for name, dense in self.accuracy.get('dense', {}).items():
-            small = self.accuracy['compressed'][name]
-            cards[name] = (f'{small:.2f}', f'{dense:.2f} dense')
-        return cards
 
-    def _speeds(self) -> Iterator[tuple[str, float, float, float]]:
-        """Name, milliseconds, half the quartiles' distance, and speed."""
-        for device, seconds in self.seconds.items():
-            for name, times in seconds.items():
-                low, _, high = statistics.quantiles(times, n=4)
-                middle = median(times)
-                speed = median(seconds['dense']) / middle
-                title = f'{device}, {name}'
-                yield title, 1e3 * middle, 500 * (high - low), speed
+def _timing(seconds: list[float]) -> tuple[float, float]:
+    """Median and half the distance between the quartiles, milliseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return 1e3 * middle, 500 * (high - low)
 
 
 def versions() -> str:

@@ -33,14 +33,8 @@ class PruneMergeHook(Hook):
     weight and no random state: what follows is the same run with or without.
 
     Args:
-        calib_batches (int): Training batches to measure on, 0 for none.
-            Defaults to 8.
-        score_batches (int): Training batches to score where the structure
-            needs scores (``type='paper'``). Defaults to 50.
-        reduction (str): See :class:`pm_seg.core.ScoreRecorder`. Defaults to
-            'image'.
-        seed (int): Seed of the batches and their augmentation. Defaults to
-            0.
+        calib_batches, score_batches, reduction, seed: See
+            :class:`~pm_seg.engine.Measuring`.
         target (dict, optional): A budget of the whole model instead of the
             ``keep`` of the config, see
             :func:`pm_seg.engine.targets.meet_target`. Defaults to None.
