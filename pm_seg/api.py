@@ -18,7 +18,7 @@ from mmengine.model import BaseModel, is_model_wrapper
 from torch import nn
 
 from .engine.compression import Measuring, Progress, compress
-from .engine.from_stock import SUPPORTED, compressible_backbone
+from .engine.from_stock import SUPPORTED, make_backbone_compressible
 from .engine.scoring import compressible_modules
 from .engine.user_data import (
     Loss,
@@ -146,12 +146,9 @@ def make_compressible(
             f'{type(model).__name__} is not supported; expected {SUPPORTED}'
         )
     elif not compressible_modules(small):
-        backbone = compressible_backbone(small.backbone, options)
-        backbone.to(next(small.parameters()))
-        backbone.train(small.backbone.training)
-        small.backbone = backbone
+        make_backbone_compressible(small.backbone, options)
         if isinstance(getattr(small, 'cfg', None), Config):
-            name = type(backbone).__name__
+            name = type(small.backbone).__name__
             small.cfg.model.backbone.update(type=name, compression=options)
     elif compression:
         raise ValueError(

@@ -13,7 +13,7 @@ from mmseg.structures import SegDataSample
 from tiny import batch, build
 
 from pm_seg.engine import Measuring, compress
-from pm_seg.visualization import JUDGED, to_array
+from pm_seg.visualization.figures import to_array
 from pm_seg.visualization.inspection import (
     class_names,
     dataset_meta,
@@ -24,6 +24,7 @@ from pm_seg.visualization.inspection import (
     test_pipeline as pipeline_of,
 )
 from pm_seg.visualization.layers import structure_figures
+from pm_seg.visualization.panels import JUDGED
 
 
 def compressed(**options):

@@ -12,25 +12,26 @@ from matplotlib.text import Text
 from tiny import batch, build
 
 from pm_seg.engine import Measuring, compress
-from pm_seg.visualization import (
-    JUDGED,
-    Panel,
+from pm_seg.visualization.figures import (
     depth_figure,
-    draw_difference,
-    draw_groups,
-    group_panels,
-    make_palette,
-    paint_labels,
     panel_figure,
-    prediction_panels,
     ranking_figure,
     save_figure,
-    score_panels,
     to_array,
     to_svg,
 )
 from pm_seg.visualization.inspection import Inspection
-from pm_seg.visualization.panels import VERMILION, rgb
+from pm_seg.visualization.panels import (
+    JUDGED,
+    VERMILION,
+    Panel,
+    draw_difference,
+    draw_groups,
+    make_palette,
+    paint_labels,
+    rgb,
+    score_panels,
+)
 from pm_seg.visualization.report import CompressionReport, png_uri
 
 
@@ -49,7 +50,9 @@ def test_group_panels_say_what_is_kept() -> None:
     image = np.full((24, 32, 3), 90, np.uint8)  # padded to 32x32
     alone = np.arange(4).reshape(2, 2)
     groups = {'backbone': [alone, alone % 2, np.array([[0, 0], [-1, 0]])]}
-    dense, merged, pruned = group_panels(image, groups, 16)
+    labels = np.zeros((24, 32), int)
+    one = Inspection('x', image, groups, 16, image, labels, labels)
+    dense, merged, pruned = one.group_panels()
     assert dense.title == 'backbone 0: dense' and (dense.image == 90).all()
     assert merged.title == 'backbone 1: 2 of 4'
     assert pruned.title == 'backbone 2: 1 of 4, 1 pruned'
@@ -94,8 +97,8 @@ def test_differences_are_judged_by_the_annotation() -> None:
         assert tuple(out[pixel]) == rgb(JUDGED[name]), name
     plain = draw_difference(image, dense, small)[0]
     assert (plain[1:] == rgb(VERMILION)).all()
-    panels = prediction_panels(image, dense, small, make_palette(4), truth)
-    assert [panel.title for panel in panels] == [
+    one = Inspection('x', image, {}, 16, image, dense, small, truth)
+    assert [panel.title for panel in one.prediction_panels({})] == [
         'image',
         'annotation',
         'dense',

@@ -33,7 +33,7 @@ from pm_seg.utils import (
     median,
     time_interleaved,
 )
-from pm_seg.visualization import panel_figure, save_figure
+from pm_seg.visualization.figures import panel_figure, save_figure
 from pm_seg.visualization.inspection import dataset_meta, inspect
 
 console = Console(width=80, highlight=False)

@@ -11,8 +11,8 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import get_world_size
 
+from ..engine import InterruptHook, RunGuardHook
 from ..engine.faults import RunStoppedError, explain
-from ..engine.hooks import InterruptHook, RunGuardHook
 from ..utils.checkpoints import latest_intact_checkpoint
 from ..utils.lock import WorkDirInUseError, work_dir_lock
 from .common import (

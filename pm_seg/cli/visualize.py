@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..models.distillation import strip_compression
 from ..utils import ProgressReporter
-from ..visualization import save_figure
+from ..visualization.figures import save_figure
 from ..visualization.inspection import (
     Inspection,
     dataset_meta,

@@ -1,14 +1,12 @@
 from ..visualization.layers import describe
 from .compression import Measuring, compress
-from .hooks import (
-    CompressionVisualizationHook,
-    InterruptHook,
-    ProgressHook,
-    PruneMergeHook,
-    RunGuardHook,
-    SeedIterationHook,
-    WholeCheckpointHook,
-)
+from .hooks.checkpoint_hook import WholeCheckpointHook
+from .hooks.guard_hook import RunGuardHook
+from .hooks.interrupt_hook import InterruptHook
+from .hooks.progress_hook import ProgressHook
+from .hooks.prune_merge_hook import PruneMergeHook
+from .hooks.seed_hook import SeedIterationHook
+from .hooks.visualization_hook import CompressionVisualizationHook
 from .optimizers import PMLayerDecayOptimWrapperConstructor
 from .scoring import gather_scores
 from .targets import meet_target

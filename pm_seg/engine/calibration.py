@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from mmengine.dist import all_reduce, broadcast
 from mmengine.model import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..core import ImportanceFitter
+from ..core import ImportanceFitter, ProgressiveCompressor
 from ..models.compressible import CompressibleMixin
 from ..models.distillation import soft_target_loss
 from .scoring import (
-    calibrated_modules,
+    Steps,
+    add_up,
+    compressible_modules,
     evaluating,
+    no_progress,
     uncompressed,
     watch_gradients,
 )
@@ -28,24 +30,25 @@ SEARCH = {
     'gain': (1.0, 0.9, 0.8),  # times what there is
 }
 
-Steps = Callable[[int, int], None]
+
+def calibrated_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
+    """Compressible modules that a calibration makes better, by name."""
+    return {
+        name: module
+        for name, module in compressible_modules(model).items()
+        if isinstance(module.compressor, ProgressiveCompressor)
+        and module.compressor.calibrates
+    }
 
 
 def fit_importance(
-    model: BaseModel,
-    batches: Sequence[dict],
-    progress: Steps | None = None,
+    model: BaseModel, batches: Sequence[dict], progress: Steps = no_progress
 ) -> None:
     """Fit and store what makes a token important, in every layer.
 
-    The model runs uncompressed, its weights do not change. In a distributed
-    run every process passes its own batches and all get the same result.
-
-    Args:
-        model (BaseModel): An mmengine model, not wrapped.
-        batches (Sequence[dict]): Of a training data loader, with annotations.
-        progress (Callable, optional): Called with the batches done and their
-            total, with 0 done at first.
+    On training batches with annotations. The model, not wrapped, runs
+    uncompressed, its weights do not change. In a distributed run every
+    process passes its own batches and all get the same result.
     """
     fitters: dict[str, ImportanceFitter] = {}
     modules = calibrated_modules(model)
@@ -54,49 +57,25 @@ def fit_importance(
         fitters[name] = ImportanceFitter(
             module.blocks, module.score_taps, shape.num_prefix, shape.dims
         )
-    watch_gradients(
-        model,
-        batches,
-        fitters.values(),
-        progress and (lambda done: progress(done, len(batches))),
-    )
+    watch_gradients(model, batches, len(batches), fitters.values(), progress)
     for name, fitter in fitters.items():
-        for moments in (fitter.gram, fitter.cross):
-            all_reduce(moments)
-            broadcast(moments)
+        add_up(fitter.gram, fitter.cross)
         modules[name].compressor.set_importance(0.0, fitter.directions())
 
 
-def calibration_inputs(
-    model: BaseModel, batches: Iterable[dict]
-) -> list[Tensor]:
-    """Batches through the data preprocessor, images only."""
-    return [
-        model.data_preprocessor(data, training=True)['inputs']
-        for data in batches
-    ]
-
-
 def choose_settings(
-    model: BaseModel,
-    inputs: Sequence[Tensor],
-    progress: Steps | None = None,
+    model: BaseModel, batches: Sequence[dict], progress: Steps = no_progress
 ) -> dict[str, float]:
     """Choose how to merge, at the same cost, from :data:`SEARCH`.
 
-    By the KL divergence of the predictions from those of the dense model. In
-    a distributed run all processes choose the same.
-
-    Args:
-        model (BaseModel): An mmengine model, not wrapped, at the budget that
-            is wanted.
-        inputs (Sequence[Tensor]): Batches of preprocessed images.
-        progress (Callable, optional): Called with the settings tried and
-            their total, with 0 done at first.
-
-    Returns:
-        dict[str, float]: What was chosen.
+    For a model, not wrapped, at the budget that is wanted; by the KL
+    divergence of its predictions from those of the dense model. In a
+    distributed run all processes choose the same.
     """
+    inputs = [
+        model.data_preprocessor(data, training=True)['inputs']
+        for data in batches
+    ]
     modules = list(calibrated_modules(model).values())
     starts = [
         (module.compressor.schedule.power, module.compressor.gain.clone())
@@ -104,38 +83,32 @@ def choose_settings(
     ]
     search = dict(SEARCH)
     if not any(module.compressor.has_gain for module in modules):
-        search['gain'] = SEARCH['gain'][:1]
-    chosen = {name: values[0] for name, values in search.items()}
-    total = sum(map(len, search.values())) - len(search) + 1
-    done = 0
-    if progress:
-        progress(0, total)
+        del search['gain']
+    chosen = {name: values[0] for name, values in SEARCH.items()}
+    trials = [(name, v) for name in search for v in search[name][1:]]
 
     def loss(settings: dict[str, float]) -> float:
-        nonlocal done
         value = torch.tensor(float('inf'), dtype=torch.float64)
         if _apply(modules, starts, settings):
             value = sum(
                 soft_target_loss(model(images, mode='tensor'), target, 1.0)
                 for images, target in zip(inputs, dense)
             ).double()
-        all_reduce(value)
-        broadcast(value)
-        done += 1
-        if progress:
-            progress(done, total)
+        add_up(value)
         return value.item()
 
     with torch.no_grad(), evaluating(model):
+        progress(0, len(trials) + 1)
         with uncompressed(model):
             dense = [model(images, mode='tensor') for images in inputs]
         best = loss(chosen)
-        for name, values in search.items():
-            for value in values[1:]:
-                tried = {**chosen, name: value}
-                found = loss(tried)
-                if found < best:
-                    best, chosen = found, tried
+        progress(1, len(trials) + 1)
+        for done, (name, value) in enumerate(trials, 2):
+            tried = {**chosen, name: value}
+            found = loss(tried)
+            if found < best:
+                best, chosen = found, tried
+            progress(done, len(trials) + 1)
         _apply(modules, starts, chosen)
     return chosen
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from mmengine.config import Config
 from mmengine.model import BaseModel
@@ -12,17 +13,16 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from .calibration import (
-    calibration_inputs,
+    calibrated_modules,
     choose_settings,
     fit_importance,
 )
-from .faults import require_images
 from .scoring import (
-    calibrated_modules,
+    compressible_modules,
     gather_scores,
     isolated_rng,
+    no_progress,
     require_compressible,
-    scored_modules,
     take,
 )
 from .targets import meet_target
@@ -38,11 +38,11 @@ class Measuring:
 
     Attributes:
         score_batches (int): Training batches to score where a structure
-            needs scores (the paper's).
+            needs scores (``type='paper'``).
         calib_batches (int): Training batches for importance and schedule,
             0 for none.
         reduction (str): See :class:`~pm_seg.core.ScoreRecorder`.
-        seed (int): Seed of the batches and their augmentation.
+        seed (int): Of the batches and their augmentation.
     """
 
     score_batches: int = 50
@@ -78,17 +78,16 @@ def compress(
 
     Args:
         model (BaseModel): An mmengine model, not wrapped.
-        dataloader (DataLoader | dict, optional): A loader of training
-            batches, or the config of one, which is then built anew with
-            ``seed``. None will do unless scores are needed, see
-            :func:`needs_data`.
+        dataloader (DataLoader | dict, optional): Of training batches, or its
+            config, which is then built anew with ``seed``. None will do
+            unless scores are needed, see :func:`needs_data`.
         keep (float, optional): Share of the layers' MACs. Defaults to what
             the config says.
         target (dict, optional): A budget of the whole model instead, see
             :func:`~pm_seg.engine.targets.meet_target`.
         measuring (Measuring, optional): On how much data.
         progress (Callable, optional): Called with what is being done, the
-            number of steps done, 0 at first, and their total.
+            steps done, 0 at first, and their total.
 
     Raises:
         ValueError: If nothing is compressible, the budget is out of reach, or
@@ -99,85 +98,60 @@ def compress(
             f'got keep={keep} and target={target}; they exclude each other'
         )
     measuring = measuring or Measuring()
+    progress = progress or no_progress
     modules = require_compressible(model)
     if dataloader is None and needs_data(model):
         raise ValueError(
             'this compression needs scores, and scores need images: pass a '
             "data loader, or use type='pm', which works without"
         )
-
-    def report(title: str) -> Callable[[int, int], None] | None:
-        return progress and (lambda *steps: progress(title, *steps))
-
-    def meet_budget() -> None:
-        if target is not None:
-            meet_target(model, target)
-            return
-        for module in modules.values():
-            if keep is not None:
-                module.compressor.set_keep(keep)
-            elif module.compressor.needs_scores:
-                module.compressor.build()
-
     with isolated_rng(measuring.seed):
         if needs_data(model):
-            count, scoring = measuring.score_batches, report('Scoring batches')
             scores = gather_scores(
                 model,
                 _fresh(dataloader, measuring.seed),
-                count,
+                measuring.score_batches,
                 measuring.reduction,
-                scoring and (lambda done: scoring(done, count)),
+                partial(progress, 'Scoring batches'),
             )
-            for name, module in scored_modules(model).items():
-                module.compressor.store(scores[name])
-        meet_budget()
+            for name, found in scores.items():
+                modules[name].compressor.store(found)
+        for module in modules.values():
+            if keep is not None:
+                module.compressor.set_keep(keep)
+            elif target is None and module.compressor.needs_scores:
+                module.compressor.build()
+        if target is not None:
+            meet_target(model, target)
         calibrated = [m.compressor for m in calibrated_modules(model).values()]
         known = all(compressor.has_importance for compressor in calibrated)
         same = known and keep is None and target is None
         images = dataloader is not None and measuring.calib_batches
         if calibrated and images and not same:
-            batches = take(
-                _fresh(dataloader, measuring.seed), measuring.calib_batches
-            )
-            batches = list(batches)
+            loader = _fresh(dataloader, measuring.seed)
+            batches = list(take(loader, measuring.calib_batches))
             if not known:
-                fit_importance(model, batches, report('Importance of tokens'))
-            inputs = calibration_inputs(model, batches)
-            choose_settings(model, inputs, report('Ways to merge'))
+                title = 'Importance of tokens'
+                fit_importance(model, batches, partial(progress, title))
+            choose_settings(model, batches, partial(progress, 'Ways to merge'))
             if target is not None:
                 meet_target(model, target)
     for module in modules.values():
         module.compressor.settle()
 
 
-def _fresh(
-    dataloader: DataLoader | dict, seed: int
-) -> DataLoader | Iterable[dict]:
-    """A loader at its first batch, if a config is given."""
-    if not isinstance(dataloader, dict):
-        return dataloader
-    config = copy.deepcopy(dataloader)
-    config['persistent_workers'] = False
-    try:
-        loader = Runner.build_dataloader(config, seed=seed)
-    except ValueError as error:
-        if 'at least one array' not in str(error):  # numpy, in mmengine
-            raise
-        raise ValueError(
-            'the dataset to score on is empty; check data_root, data_prefix, '
-            'img_suffix and ann_file of train_dataloader'
-        ) from error
-    require_images(loader.dataset)
-    return loader
+def _fresh(dataloader: DataLoader | dict, seed: int) -> Iterable[dict]:
+    """A loader, at its first batch if a config is given."""
+    if isinstance(dataloader, dict):
+        dataloader = {**dataloader, 'persistent_workers': False}
+        return Runner.build_dataloader(dataloader, seed=seed)
+    return dataloader
 
 
 def calibration_loader(cfg: Config) -> dict:
-    """Config of the loader to score and calibrate on.
-
-    The training loader, with the transforms of ``cfg.calib_pipeline`` if
-    there is one: what is measured suits test images better when it is
-    measured on images like those, not on distorted crops.
+    """The config's training loader, with ``calib_pipeline`` if there is one:
+    what is measured suits test images better when it is measured on images
+    like those, not on distorted crops.
     """
     loader = copy.deepcopy(cfg.train_dataloader)
     if cfg.get('calib_pipeline'):
@@ -190,7 +164,5 @@ def calibration_loader(cfg: Config) -> dict:
 
 def needs_data(model: BaseModel) -> bool:
     """Whether :func:`compress` cannot do without images for this model."""
-    return any(
-        not module.compressor.has_scores
-        for module in scored_modules(model).values()
-    )
+    compressors = [m.compressor for m in compressible_modules(model).values()]
+    return any(c.needs_scores and not c.has_scores for c in compressors)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from mmengine.config import Config
@@ -12,86 +10,64 @@ from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from mmengine.utils import to_2tuple
+from torch import nn
+from torch.utils.data import DataLoader
 
 from ..utils import count_macs, time_interleaved
-from .scoring import evaluating, uncompressed
+from .scoring import Steps, evaluating, no_progress, uncompressed
+from .targets import native_images
 
 
-@torch.no_grad()
 def evaluate(
-    model: BaseModel,
-    cfg: Config,
-    progress: Callable[[int, int], None] | None = None,
+    model: BaseModel, cfg: Config, progress: Steps = no_progress
 ) -> dict[str, float]:
-    """Metrics on the validation data, outside of any run.
-
-    Args:
-        model (BaseModel): Not wrapped.
-        cfg (Config): With ``val_dataloader`` and ``val_evaluator``.
-        progress (Callable, optional): Called with the number of batches done
-            and their total.
-    """
+    """Metrics on the validation data of a config, outside of any run."""
     loader = Runner.build_dataloader(cfg.val_dataloader)
-    with _quiet():
-        evaluator = Evaluator(cfg.val_evaluator)
-    evaluator.dataset_meta = loader.dataset.metainfo
-    with evaluating(model):
-        for done, data in enumerate(loader, 1):
-            outputs = model.val_step(data)
-            evaluator.process(data_samples=outputs, data_batch=data)
-            if progress:
-                progress(done, len(loader))
-    with _quiet():
-        return evaluator.evaluate(len(loader.dataset))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines of metrics, which print tables of all classes."""
     logger = MMLogger.get_current_instance()
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel('ERROR')  # metrics print tables of all classes
     try:
-        yield
+        evaluator = Evaluator(cfg.val_evaluator)
+        evaluator.dataset_meta = loader.dataset.metainfo
+        return measure(model, loader, evaluator, progress)
     finally:
         logger.setLevel(level)
 
 
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    loader: DataLoader,
+    evaluator: Evaluator,
+    progress: Steps = no_progress,
+) -> dict[str, float]:
+    """Metrics of a model, wrapped or not, without the hooks of a run."""
+    with evaluating(model):
+        for done, data in enumerate(loader, 1):
+            outputs = model.val_step(data)
+            evaluator.process(data_samples=outputs, data_batch=data)
+            progress(done, len(loader))
+    return evaluator.evaluate(len(loader.dataset))
+
+
 @torch.inference_mode()
 def compare_speed(model: BaseModel, rounds: int = 9) -> dict[str, list[float]]:
-    """Seconds of one image of the native size, dense and compressed in turns.
+    """Seconds of one image of the native size, 'dense' and 'compressed'.
 
-    Args:
-        model (BaseModel): With a structure, on the device to time.
-        rounds (int): Timed calls of each. Defaults to 9.
-
-    Returns:
-        dict[str, list[float]]: Times of 'dense' and 'compressed'.
+    In turns, ``rounds`` of each, on the model's device.
     """
-    compressed, dense = _calls(model)
     with evaluating(model):
-        return time_interleaved(
-            {'dense': dense, 'compressed': compressed}, rounds
-        )
+        return time_interleaved(_calls(model), rounds)
 
 
 def compare_macs(model: BaseModel) -> dict[str, int]:
     """Multiply-accumulates of one image, 'dense' and 'compressed'."""
-    compressed, dense = _calls(model)
     with evaluating(model):
-        return {
-            'dense': count_macs(dense),
-            'compressed': count_macs(compressed),
-        }
+        return {name: count_macs(f) for name, f in _calls(model).items()}
 
 
-def _calls(
-    model: BaseModel,
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    size = to_2tuple(model.backbone.img_size)
-    device = next(model.parameters()).device
-    images = torch.zeros(1, 3, *size, device=device)
+def _calls(model: BaseModel) -> dict[str, Callable[[], None]]:
+    images = native_images(model)
 
     def compressed() -> None:
         model(images, mode='tensor')
@@ -100,4 +76,4 @@ def _calls(
         with uncompressed(model):
             compressed()
 
-    return compressed, dense
+    return dict(dense=dense, compressed=compressed)

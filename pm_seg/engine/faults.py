@@ -18,12 +18,8 @@ _DEAD_WORKER = re.compile(
 
 
 class RunStoppedError(RuntimeError):
-    """A run that ended early, on purpose: why, and how to go on.
-
-    Args:
-        message (str): The reason.
-        code (int): Exit status of the tool. Defaults to 1.
-    """
+    """A run that ended early, on purpose: why, how to go on, and the exit
+    status of the tool."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -31,13 +27,8 @@ class RunStoppedError(RuntimeError):
 
 
 def how_to_go_on(work_dir: str | Path, finite: bool = False) -> str:
-    """Name the checkpoint that ``--resume`` would go on from.
-
-    Args:
-        work_dir (str | Path): Of the run.
-        finite (bool): Whether to pass over checkpoints with NaN or inf in
-            their weights. Defaults to False.
-    """
+    """Name the checkpoint that ``--resume`` would go on from, with ``finite``
+    the last without NaN or inf in its weights."""
     found = latest_intact_checkpoint(work_dir, finite)
     if found is None:
         good = ' good' if finite else ''
@@ -59,32 +50,17 @@ def dead_worker(error: BaseException | None) -> str | None:
     return None
 
 
-def require_images(dataset: object) -> None:
-    """Raise ``ValueError`` if a dataset is empty.
-
-    mmengine's infinite samplers would look for a first image forever.
-    """
-    if not hasattr(dataset, '__len__') or len(dataset):
+def _labels(samples: object) -> Iterator[tuple[object, Tensor]]:
+    """Data samples of a batch, nested where augmented, and their labels."""
+    if isinstance(samples, (list, tuple)):
+        for item in samples:
+            yield from _labels(item)
         return
-    prefix = getattr(dataset, 'data_prefix', None)
-    where = prefix if isinstance(prefix, Mapping) else {'': prefix}
-    folders = ', '.join(str(path) for path in where.values() if path)
-    suffix = getattr(dataset, 'img_suffix', None)
-    expected = f'files ending in {suffix}' if suffix else 'images'
-    raise ValueError(
-        f'{type(dataset).__name__} is empty: no {expected} in '
-        f'{folders or getattr(dataset, "data_root", None)}; check data_root, '
-        'data_prefix, img_suffix and ann_file of the config'
-    )
-
-
-def _samples(node: object) -> Iterator[object]:
-    """Data samples of a batch, those inside lists (augmented) included."""
-    if isinstance(node, (list, tuple)):
-        for item in node:
-            yield from _samples(item)
-    elif node is not None:
-        yield node
+    label = getattr(samples, 'gt_label', None)
+    if hasattr(samples, 'gt_sem_seg'):
+        label = samples.gt_sem_seg.data
+    if isinstance(label, Tensor) and not label.is_floating_point():
+        yield samples, label
 
 
 def check_labels(
@@ -98,8 +74,7 @@ def check_labels(
     Args:
         model (nn.Module): Segmentor or classifier, wrapped or not.
         batch (dict): Of a data loader, before the data preprocessor.
-        first, step (int): Of maps, look at each ``step``-th row from
-            ``first`` on. Defaults to all.
+        first, step (int): Of maps, the rows to look at. Defaults to all.
     """
     while hasattr(model, 'module'):  # distributed, test-time augmentation
         model = model.module
@@ -110,12 +85,7 @@ def check_labels(
     ignored = getattr(head, 'ignore_index', None)
     if not isinstance(batch, Mapping) or classes < 2:
         return
-    for sample in _samples(batch.get('data_samples')):
-        label = getattr(sample, 'gt_label', None)
-        if 'gt_sem_seg' in sample:
-            label = sample.gt_sem_seg.data
-        if not isinstance(label, Tensor) or label.is_floating_point():
-            continue
+    for sample, label in _labels(batch.get('data_samples')):
         if label.dim() > 1:
             label = label[..., first::step, :]
         wrong = (label >= classes) | (label < 0)

@@ -12,12 +12,8 @@ _EMBEDDING = (*_TOKENS, 'patch_embed', 'rope', 'norm_pre')
 
 
 def layer_index(name: str, depth: int) -> int:
-    """0 for the embedding, 1..depth for the layers, depth + 1 for the rest.
-
-    Args:
-        name (str): Parameter name in the whole model.
-        depth (int): Layers of the backbone.
-    """
+    """0 for the embedding, 1..depth for the layers, depth + 1 for the rest,
+    by the name of a parameter in the whole model."""
     parts = name.split('.')
     if parts[0] != 'backbone':
         return depth + 1
@@ -65,25 +61,16 @@ class PMLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         depth = len(module.backbone.layers)
         rate = self.paramwise_cfg['decay_rate']
         multiplier = self.paramwise_cfg.get('compressor_lr_mult', 1.0)
-        groups: dict[tuple[float, bool], dict] = {}
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            token_map = '.compressor.' in name
             scale = rate ** (depth + 1 - layer_index(name, depth))
-            scale = multiplier if token_map else scale
-            decays = (
-                parameter.dim() > 1
-                and not token_map
-                and not name.endswith(_TOKENS)
-            )
-            group = groups.setdefault(
-                (scale, decays),
-                dict(
-                    params=[],
-                    lr=self.base_lr * scale,
-                    weight_decay=(self.base_wd or 0.0) if decays else 0.0,
-                ),
-            )
-            group['params'].append(parameter)
-        params.extend(groups.values())
+            decays = parameter.dim() > 1 and not name.endswith(_TOKENS)
+            if '.compressor.' in name:
+                scale, decays = multiplier, False
+            groups.setdefault((scale, decays), []).append(parameter)
+        for (scale, decays), members in groups.items():
+            decay = (self.base_wd or 0.0) if decays else 0.0
+            lr = self.base_lr * scale
+            params.append(dict(params=members, lr=lr, weight_decay=decay))

@@ -1,4 +1,4 @@
-"""Scoring and compressing a model that is built for compression."""
+"""Scoring a model that is built for compression, and its modes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ import numpy as np
 import torch
 from mmengine.dist import all_reduce, broadcast
 from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.runner import set_random_seed
 from torch import Tensor, nn
 
-from ..core import ProgressiveCompressor, ScoreRecorder
+from ..core import ScoreRecorder
 from ..models.compressible import CompressibleMixin
 from ..models.distillation import DistillationMixin
 from .faults import check_labels
+
+#: Called with the steps done, 0 at first, and their total.
+Steps = Callable[[int, int], None]
+
+
+def no_progress(*steps: object) -> None:
+    """Show nothing."""
 
 
 def compressible_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
@@ -27,25 +35,6 @@ def compressible_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, CompressibleMixin) and module.compressor
-    }
-
-
-def scored_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
-    """Compressible modules whose structure comes from scores, by name."""
-    return {
-        name: module
-        for name, module in compressible_modules(model).items()
-        if module.compressor.needs_scores
-    }
-
-
-def calibrated_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
-    """Compressible modules that a calibration makes better, by name."""
-    return {
-        name: module
-        for name, module in compressible_modules(model).items()
-        if isinstance(module.compressor, ProgressiveCompressor)
-        and module.compressor.calibrates
     }
 
 
@@ -98,30 +87,12 @@ def full_products() -> Iterator[None]:
 @contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
     """Seed all generators inside the block and put them back after it."""
-    python, array = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(array)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside the block."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices), ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        set_random_seed(seed)
         yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def take(batches: Iterable[dict], count: int) -> Iterator[dict]:
@@ -142,39 +113,40 @@ def take(batches: Iterable[dict], count: int) -> Iterator[dict]:
             )
 
 
-@contextmanager
-def dense_losses(model: BaseModel) -> Iterator[None]:
-    """Losses of the dense model on labels, with frozen weights."""
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(frozen(model))
-        stack.enter_context(uncompressed(model))
-        if isinstance(model, DistillationMixin):
-            stack.enter_context(model.supervised())
-        yield
-
-
 def watch_gradients(
     model: BaseModel,
     batches: Iterable[dict],
+    count: int,
     watchers: Iterable[AbstractContextManager],
-    progress: Callable[[int], None] | None = None,
+    progress: Steps,
 ) -> None:
-    """Back-propagate the dense loss of each batch while others watch."""
+    """Back-propagate the dense loss on labels while others watch.
+
+    In evaluation mode, with frozen weights.
+    """
     with ExitStack() as stack:
-        stack.enter_context(dense_losses(model))
-        for watcher in watchers:
-            stack.enter_context(watcher)
-        if progress:
-            progress(0)
-        for done, data in enumerate(batches, 1):
+        for context in (evaluating(model), uncompressed(model), *watchers):
+            stack.enter_context(context)
+        if isinstance(model, DistillationMixin):
+            stack.enter_context(model.supervised())
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        progress(0, count)
+        for done, data in enumerate(take(batches, count), 1):
             check_labels(model, data)
             data = model.data_preprocessor(data, training=True)
             with torch.enable_grad():
                 losses = model(**data, mode='loss')
                 model.parse_losses(losses)[0].backward()
-            if progress:
-                progress(done)
+            progress(done, count)
+
+
+def add_up(*sums: Tensor) -> None:
+    """Over all processes, in place, and to the last bit alike in all."""
+    for values in sums:
+        all_reduce(values)
+        broadcast(values)
 
 
 def gather_scores(
@@ -182,9 +154,9 @@ def gather_scores(
     batches: Iterable[dict],
     num_batches: int,
     reduction: str = 'image',
-    progress: Callable[[int], None] | None = None,
+    progress: Steps | None = None,
 ) -> dict[str, Tensor]:
-    """Gradient-weighted scores of every compressible module.
+    """Gradient-weighted scores of the modules that need them.
 
     The model runs uncompressed, in evaluation mode and full precision; its
     weights do not change. In a distributed run every process passes its own
@@ -192,13 +164,13 @@ def gather_scores(
 
     Args:
         model (BaseModel): An mmengine model, not wrapped.
-        batches (Iterable[dict]): Batches of a training data loader, with
+        batches (Iterable[dict]): Of a training data loader, with
             annotations; started again when exhausted.
-        num_batches (int): How many batches to use.
+        num_batches (int): How many to use.
         reduction (str): See :class:`~pm_seg.core.ScoreRecorder`. Defaults
             to 'image'.
-        progress (Callable, optional): Called with the number of batches
-            done, with 0 before the first and after each of them.
+        progress (Callable, optional): Called with the batches done, 0 at
+            first, and their total.
 
     Returns:
         dict[str, Tensor]: Scores (layers, tokens) by module name.
@@ -207,24 +179,23 @@ def gather_scores(
         ValueError: If nothing is compressible, or images have another size
             than the model was built for.
     """
-    require_compressible(model)
     recorders: dict[str, ScoreRecorder] = {}
-    for name, module in scored_modules(model).items():
+    for name, module in require_compressible(model).items():
         shape = module.compressor.shape
-        recorders[name] = ScoreRecorder(
-            module.score_taps, shape.num_tokens, shape.num_prefix, reduction
-        )
+        if module.compressor.needs_scores:
+            recorders[name] = ScoreRecorder(
+                module.score_taps,
+                shape.num_tokens,
+                shape.num_prefix,
+                reduction,
+            )
     watch_gradients(
-        model, take(batches, num_batches), recorders.values(), progress
+        model,
+        batches,
+        num_batches,
+        recorders.values(),
+        progress or no_progress,
     )
     for recorder in recorders.values():
-        _reduce(recorder)
+        add_up(recorder.total, recorder.weight)
     return {name: recorder.scores() for name, recorder in recorders.items()}
-
-
-def _reduce(recorder: ScoreRecorder) -> None:
-    """Add up totals and image counts over all processes."""
-    both = torch.cat([recorder.total, recorder.weight], dim=1)
-    all_reduce(both)
-    broadcast(both)
-    recorder.total, recorder.weight = both[:, :-1], both[:, -1:]

@@ -23,26 +23,24 @@ class UserBatches:
                 f'loader is a {type(loader).__name__}, which can be gone '
                 'through once only; pass a list of batches or a DataLoader'
             )
-        self.model = model
+        self.plain = isinstance(model, PlainModel)
         self.loader = loader
 
     def __iter__(self) -> Iterator[dict]:
-        for batch in self.loader:
-            yield self._as_dict(batch)
+        return map(self._as_dict, self.loader)
 
     def _as_dict(self, batch: Any) -> dict:
-        plain = isinstance(self.model, PlainModel)
         if isinstance(batch, Mapping) and 'inputs' in batch:
             return dict(batch)
-        if isinstance(batch, Tensor) and plain:
+        if isinstance(batch, Tensor) and self.plain:
             return dict(inputs=batch, data_samples=None)
-        if isinstance(batch, (list, tuple)) and len(batch) == 2:
+        pair = isinstance(batch, (list, tuple)) and len(batch) == 2
+        if pair and all(isinstance(part, Tensor) for part in batch):
             images, labels = batch
-            if isinstance(images, Tensor) and isinstance(labels, Tensor):
-                samples = labels if plain else self._samples(labels)
-                return dict(inputs=images, data_samples=samples)
+            samples = labels if self.plain else _samples(labels)
+            return dict(inputs=images, data_samples=samples)
         expected = 'images or (images, labels)'
-        if not plain:
+        if not self.plain:
             expected = 'dict(inputs=..., data_samples=...) or (images, labels)'
         raise ValueError(
             f'a batch is a {type(batch).__name__}'
@@ -50,22 +48,22 @@ class UserBatches:
             f'expected {expected}'
         )
 
-    @staticmethod
-    def _samples(labels: Tensor) -> list:
-        """Labels as the heads of mmseg or mmpretrain read them."""
-        if labels.dim() == 3:
-            return [
-                SegDataSample(gt_sem_seg=PixelData(data=label[None]))
-                for label in labels
-            ]
-        if labels.dim() == 1 and find_spec('mmpretrain') is not None:
-            from mmpretrain.structures import DataSample
 
-            return [DataSample().set_gt_label(label) for label in labels]
-        raise ValueError(
-            f'labels have shape {tuple(labels.shape)}; expected maps '
-            '(B, H, W) for mmseg, classes (B,) for mmpretrain'
-        )
+def _samples(labels: Tensor) -> list:
+    """Labels as the heads of mmseg or mmpretrain read them."""
+    if labels.dim() == 3:
+        return [
+            SegDataSample(gt_sem_seg=PixelData(data=label[None]))
+            for label in labels
+        ]
+    if labels.dim() == 1 and find_spec('mmpretrain') is not None:
+        from mmpretrain.structures import DataSample
+
+        return [DataSample().set_gt_label(label) for label in labels]
+    raise ValueError(
+        f'labels have shape {tuple(labels.shape)}; expected maps (B, H, W) '
+        'for mmseg, classes (B,) for mmpretrain'
+    )
 
 
 class PlainModel(BaseModel):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -23,9 +23,9 @@ _FONT = 11
 _NARROW, _WIDE, _GAP, _HEAD = 280, 360, 8, 32
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float, **options) -> Figure:
     """An empty figure that can be drawn without a display; in inches."""
-    figure = Figure(figsize=(width, height), dpi=_DPI)
+    figure = Figure(figsize=(width, height), dpi=_DPI, **options)
     FigureCanvasAgg(figure)
     return figure
 
@@ -36,7 +36,7 @@ def panel_figure(
     legend: Mapping[str, Sequence[float]] | None = None,
     score_bar: bool = False,
 ) -> Figure:
-    """Panels in rows, each below its title.
+    """Panels in rows, each below its title; room is for the first one's shape.
 
     Args:
         panels (Sequence[Panel]): At least one.
@@ -44,39 +44,36 @@ def panel_figure(
         legend (Mapping, optional): Colours, RGB from 0 to 1, by name, shown
             below the panels.
         score_bar (bool): Whether to show the scale of
-            :func:`~pm_seg.visualization.score_panels` below the panels.
-
-    Returns:
-        Figure: To be passed to :func:`save_figure` or :func:`to_array`.
+            :func:`~pm_seg.visualization.panels.score_panels` below the
+            panels.
     """
     columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
     # Pixel by pixel: a figure that is scaled loses the outlines of tokens.
-    wide = panels[0].image.shape[1]
-    wide = min(max(wide, _NARROW), _WIDE)
+    wide = min(max(panels[0].image.shape[1], _NARROW), _WIDE)
     images = [_resized(panel.image, wide) for panel in panels]
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    tall = [_HEAD + max(map(len, row)) for row in rows]
+    tall = len(images[0])
     width = columns * (wide + _GAP) + _GAP
     per_line = lines = 0
     if legend:
         per_line = max(width // (10 * max(map(len, legend)) + 50), 1)
         lines = -(-len(legend) // per_line)
     foot = 26 * lines + 44 * score_bar + 6
-    height = sum(tall) + foot
+    height = rows * (_HEAD + tall) + foot
     figure = _figure(width / _DPI, height / _DPI)
-
-    def axes_at(left: float, bottom: float, wide: int, tall: int) -> Axes:
-        place = left / width, bottom / height, wide / width, tall / height
-        axis = figure.add_axes(place)
+    grid = dict(
+        left=_GAP / width,
+        right=1 - _GAP / width,
+        bottom=foot / height,
+        top=1 - _HEAD / height,
+        wspace=_GAP / wide,
+        hspace=_HEAD / tall,
+    )
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid)
+    for axis in axes.flat:
         axis.set_axis_off()
-        return axis
-
-    for number, (panel, image) in enumerate(zip(panels, images)):
-        row, column = divmod(number, columns)
-        left = _GAP + column * (wide + _GAP)
-        bottom = height - sum(tall[:row]) - _HEAD - len(image)
-        axis = axes_at(left, bottom, wide, len(image))
-        axis.imshow(image, interpolation='nearest', aspect='auto')
+    for axis, panel, image in zip(axes.flat, panels, images):
+        axis.imshow(image, interpolation='nearest')
         axis.set_title(panel.title, fontsize=_FONT, pad=4)
     if legend:
         figure.legend(
@@ -93,22 +90,23 @@ def panel_figure(
             columnspacing=1.4,
         )
     if score_bar:
-        axis = axes_at(width / 2 - 110, 18, 140, 12)
-        axis.imshow(np.linspace(0, 1, 256)[None], SCORE_COLOURS, aspect='auto')
-        style = dict(va='center', transform=axis.transAxes, fontsize=_FONT)
-        axis.text(-0.04, 0.5, '0', ha='right', **style)
-        axis.text(1.04, 0.5, '99th percentile', ha='left', **style)
+        place = (0.5 - 70 / width, 28 / height, 140 / width, 12 / height)
+        bar = figure.colorbar(
+            ScalarMappable(cmap=SCORE_COLOURS),
+            cax=figure.add_axes(place),
+            orientation='horizontal',
+            ticks=[0, 1],
+        )
+        bar.ax.set_xticklabels(['0', '99th percentile'], fontsize=_FONT)
+        bar.outline.set_visible(False)
     return figure
 
 
 def _resized(image: np.ndarray, width: int) -> np.ndarray:
-    """The image at another width."""
-    if image.shape[1] == width:
-        return image
-    size = width, max(round(image.shape[0] * width / image.shape[1]), 1)
+    height = max(round(image.shape[0] * width / image.shape[1]), 1)
     shrinks = width < image.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
-    return cv2.resize(image, size, interpolation=method)
+    return cv2.resize(image, (width, height), interpolation=method)
 
 
 def depth_figure(
@@ -131,16 +129,10 @@ def depth_figure(
             'dense', (1, full), (-4, -4), color='0.3', ha='right', va='top',
             xycoords=('axes fraction', 'data'), textcoords='offset points',
         )  # fmt: skip
-    for number, (name, values) in enumerate(series.items()):
-        axis.plot(
-            range(len(values)),
-            values,
-            marker='osD^v*'[number % 6],
-            markersize=5,
-            color=CYCLE[number % len(CYCLE)],
-            linestyle=('-', '--', '-.')[number % 3],
-            label=name,
-        )
+    styles = dict(marker=list('osD^v*'), linestyle=['-', '--', '-.'] * 2)
+    axis.set_prop_cycle(color=CYCLE, **styles)
+    for name, values in series.items():
+        axis.plot(values, markersize=5, label=name)
     axis.set(xlabel='layer', ylabel=label)
     axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -163,14 +155,11 @@ def ranking_figure(
         ranking (Sequence): Class, probability by the dense and by the
             compressed model; the first on top.
     """
-    figure = _figure(9.0, 3.4)
-    shown = figure.add_axes((0.01, 0.02, 0.33, 0.96))
+    figure = _figure(9.0, 3.4, layout='constrained')
+    shown, axis = figure.subplots(1, 2, width_ratios=(1, 1.6))
     shown.imshow(image)
     shown.set_axis_off()
-    names = [textwrap.shorten(name, 28) for name, _, _ in ranking]
-    left = 0.37 + 0.0088 * max(map(len, names))
-    axis = figure.add_axes((left, 0.15, 0.95 - left, 0.72))
-    where = np.arange(len(names))
+    where = np.arange(len(ranking))
     for number, name in enumerate(('dense', 'compressed')):
         bars = axis.barh(
             where + (number - 0.5) * 0.4,
@@ -180,11 +169,14 @@ def ranking_figure(
             label=name,
         )
         axis.bar_label(bars, fmt='%.1f', padding=2, fontsize=_FONT - 2)
+    names = [textwrap.shorten(name, 28) for name, _, _ in ranking]
     axis.set_yticks(where, names, fontsize=_FONT)
     axis.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 112))
     axis.set(xticks=range(0, 101, 25), xlabel='probability, %')
     axis.spines[['top', 'right']].set_visible(False)
-    figure.legend(frameon=False, loc='upper right', ncols=2, fontsize=_FONT)
+    figure.legend(
+        frameon=False, loc='outside upper right', ncols=2, fontsize=_FONT
+    )
     return figure
 
 

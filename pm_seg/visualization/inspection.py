@@ -31,9 +31,10 @@ from .panels import (
     CHANGED,
     JUDGED,
     Panel,
-    group_panels,
+    draw_difference,
+    group_panel,
     make_palette,
-    prediction_panels,
+    paint_labels,
 )
 
 TOP = 5
@@ -43,6 +44,9 @@ _MAX_LEGEND = 14
 @dataclass(frozen=True)
 class Inspection:
     """One image, dense and compressed.
+
+    Methods take ``classes`` and ``palette`` of the dataset as ``meta``; both
+    may be missing.
 
     Attributes:
         name (str): Of the image file, without folder and suffix.
@@ -73,20 +77,31 @@ class Inspection:
         return self.dense.ndim == 1
 
     def group_panels(self) -> list[Panel]:
-        """The groups of every layer over the image."""
-        return group_panels(self.image, self.groups, self.patch)
+        """The groups of every layer of every module over the image."""
+        return [
+            group_panel(f'{name} {index}', self.image, group, self.patch)
+            for name, layers in self.groups.items()
+            for index, group in enumerate(layers)
+        ]
 
     def prediction_panels(self, meta: dict) -> list[Panel]:
-        """Segmentations beside each other, see :func:`prediction_panels`."""
+        """Image, annotation if there is one, both segmentations and their
+        difference; of a classifier the image."""
         if self.classifies:
             return [Panel('image', self.image)]
-        return prediction_panels(
-            self.original,
-            self.dense,
-            self.compressed,
-            self._palette(meta),
-            self.truth,
+        maps = dict(dense=self.dense, compressed=self.compressed)
+        if self.truth is not None:
+            maps = {'annotation': self.truth, **maps}
+        palette = self._palette(meta)
+        share = (self.dense != self.compressed).mean()
+        difference = draw_difference(
+            self.original, self.dense, self.compressed, self.truth
         )
+        return [
+            Panel('image', self.original),
+            *(Panel(k, paint_labels(m, palette)) for k, m in maps.items()),
+            Panel(f'difference: {share:.1%} of the pixels', difference),
+        ]
 
     def _palette(self, meta: dict) -> list[Sequence[int]]:
         """Colours of all classes, our own where the dataset has too few."""
@@ -97,14 +112,11 @@ class Inspection:
         return make_palette(max(least, len(meta.get('classes') or ())))
 
     def legend(self, meta: dict) -> dict[str, tuple[float, ...]]:
-        """Colours of the largest classes."""
-        if self.classifies:
-            return {}
+        """Colours of the largest classes of a segmentation."""
         palette = self._palette(meta)
-        maps = [self.dense, self.compressed, self.truth]
-        values, counts = np.unique(
-            np.stack([m for m in maps if m is not None]), return_counts=True
-        )
+        maps = [self.dense, self.compressed]
+        maps += [] if self.truth is None else [self.truth]
+        values, counts = np.unique(np.stack(maps), return_counts=True)
         largest = values[np.argsort(-counts)]
         largest = largest[largest < len(palette)][:_MAX_LEGEND]
         names = class_names(meta, len(palette))
@@ -115,48 +127,36 @@ class Inspection:
 
     @property
     def changes(self) -> dict[str, str]:
-        """Colours of the differences."""
-        if self.classifies:
-            return {}
+        """Colours of the differences of a segmentation."""
         return CHANGED if self.truth is None else JUDGED
 
     def ranking(self, meta: dict) -> list[tuple[str, float, float]]:
-        """Classes either model has among its best, by the dense one's order.
+        """Classes either classifier has among its best, the dense one's order.
 
         Returns:
             list[tuple[str, float, float]]: Name, which says so if it is
             right, and both probabilities.
         """
         both = np.stack([self.dense, self.compressed])
-        best = set(np.argsort(-both)[:, :TOP].ravel().tolist())
+        best = np.unique(np.argsort(-both)[:, :TOP])
         names = class_names(meta, len(self.dense))
-        right = set() if self.truth is None else set(self.truth.tolist())
+        for i in () if self.truth is None else self.truth:
+            names[i] += ' (right)'
         return [
-            (
-                names[i] + (' (right)' if i in right else ''),
-                float(self.dense[i]),
-                float(self.compressed[i]),
-            )
+            (names[i], float(self.dense[i]), float(self.compressed[i]))
             for i in sorted(best, key=lambda i: -self.dense[i])
         ]
 
     def figures(self, meta: dict) -> dict[str, Figure]:
-        """'groups' and 'prediction', to be saved.
-
-        Args:
-            meta (dict): ``classes`` and ``palette`` of the dataset, both may
-                be missing.
-        """
+        """'groups' and 'prediction', to be saved."""
         if self.classifies:
             prediction = ranking_figure(self.image, self.ranking(meta))
         else:
             panels = self.prediction_panels(meta)
             colours = {**self.legend(meta), **self.changes}
             prediction = panel_figure(panels, len(panels), colours)
-        return {
-            'groups': panel_figure(self.group_panels()),
-            'prediction': prediction,
-        }
+        groups = panel_figure(self.group_panels())
+        return dict(groups=groups, prediction=prediction)
 
 
 def class_names(meta: dict, count: int) -> list[str]:
@@ -192,12 +192,10 @@ def dataset_meta(cfg: Config, saved: dict | None = None) -> dict:
         if isinstance(cls, str):
             with DATASETS.switch_scope_and_registry(None) as registry:
                 cls = registry.get(cls)
-        found = {
-            **(getattr(cls, 'METAINFO', None) or {}),
-            **(dataset.get('metainfo') or {}),
-        }
-        if found.get('classes'):
-            return found
+        known = getattr(cls, 'METAINFO', None) or {}
+        meta = {**known, **(dataset.get('metainfo') or {})}
+        if meta.get('classes'):
+            return meta
     return {}
 
 
@@ -247,7 +245,8 @@ def inspect(
     data = pseudo_collate([sample])
     with evaluating(model):
         prepared = model.data_preprocessor(copy.copy(data), training=False)
-        crop = _middle(model, prepared['inputs'].shape[2:])
+        size = prepared['inputs'].shape[2:]
+        crop = _middle(model, size)
         with ExitStack() as stack:
             recorders = {
                 name or type(module).__name__: stack.enter_context(
@@ -260,12 +259,11 @@ def inspect(
         if dense_model is None:
             with uncompressed(model):
                 dense = _predict(model, data)
-        else:
-            with evaluating(dense_model):
-                dense = _predict(dense_model, data)
-    seen = _pixels(sample['inputs'], prepared['inputs'].shape[2:])
-    annotated = sample['data_samples']
-    truth = None
+    if dense_model is not None:
+        with evaluating(dense_model):
+            dense = _predict(dense_model, data)
+    seen = _pixels(sample['inputs'], size)
+    annotated, truth = sample['data_samples'], None
     if dense.ndim == 1 and 'gt_label' in annotated:
         truth = annotated.gt_label.cpu().numpy().reshape(-1)
     elif 'gt_sem_seg' in annotated:
@@ -298,19 +296,17 @@ def _predict(model: BaseModel, data: dict) -> np.ndarray:
     return result.pred_score.float().cpu().numpy()
 
 
-def _middle(model: BaseModel, size: tuple[int, int]) -> tuple[slice, slice]:
+def _middle(model: BaseModel, size: Sequence[int]) -> tuple[slice, ...]:
     """The middle crop of slide inference, or the whole image."""
     test_cfg = getattr(model, 'test_cfg', None) or {}
     wanted = size
     if test_cfg.get('mode') == 'slide':
         wanted = to_2tuple(test_cfg['crop_size'])
     starts = [max(total - part, 0) // 2 for total, part in zip(size, wanted)]
-    return tuple(
-        slice(start, start + part) for start, part in zip(starts, wanted)
-    )
+    return tuple(slice(s, s + part) for s, part in zip(starts, wanted))
 
 
-def _pixels(inputs: Tensor, size: tuple[int, int]) -> np.ndarray:
+def _pixels(inputs: Tensor, size: Sequence[int]) -> np.ndarray:
     """A sample's image, BGR (3, H, W), as RGB (H', W', 3), padded."""
     image = inputs.flip(0).permute(1, 2, 0).cpu().numpy()
     if image.dtype != np.uint8:  # normalised in the pipeline already

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from textwrap import wrap
+from textwrap import indent, wrap
 
-import numpy as np
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..core import LayerLoad
-from ..core.merging import Grid
+from ..core import EncoderShape, LayerLoad
 from ..engine.scoring import compressible_modules
 from .figures import depth_figure, panel_figure
-from .panels import score_panels
+from .panels import Panel, score_panels
 
 
 @dataclass(frozen=True)
@@ -21,18 +19,14 @@ class ModuleReport:
     """A compressed module on an image of the native size.
 
     Attributes:
-        num_tokens (int): Patch tokens, N.
-        grid (tuple[int, int]): Their rows and columns.
-        kind (str): How its tokens are compressed.
-        layers (tuple[LayerLoad, ...]): What each layer works on, in order.
-        layer_macs (float): Multiply-accumulates of a dense layer.
+        shape (EncoderShape): What is compressed.
+        kind (str): How.
+        layers (list[LayerLoad]): What each layer works on, in order.
     """
 
-    num_tokens: int
-    grid: Grid
+    shape: EncoderShape
     kind: str
-    layers: tuple[LayerLoad, ...]
-    layer_macs: float
+    layers: list[LayerLoad]
 
     @property
     def splits(self) -> bool:
@@ -45,34 +39,31 @@ class ModuleReport:
         return any(x.pruned for x in self.layers)
 
     @property
+    def layer_macs(self) -> float:
+        """Multiply-accumulates of a dense layer."""
+        return self.shape.dense_macs / self.shape.depth
+
+    @property
     def macs(self) -> float:
         """Multiply-accumulates of all layers."""
         return sum(layer.macs for layer in self.layers)
 
     @property
-    def dense_macs(self) -> float:
-        """The same of the dense layers."""
-        return len(self.layers) * self.layer_macs
-
-    @property
     def share(self) -> float:
         """What is left of the dense layers' operations."""
-        return self.macs / self.dense_macs
+        return self.macs / self.shape.dense_macs
 
 
 def module_reports(model: nn.Module) -> dict[str, ModuleReport]:
     """What each compressed module of the model works on and costs, by name."""
-    reports = {}
-    for name, module in compressible_modules(model).items():
-        compressor, shape = module.compressor, module.compressor.shape
-        reports[name or type(module).__name__] = ModuleReport(
-            shape.num_tokens,
-            shape.grid,
-            compressor.extra_repr(),
-            tuple(compressor.loads()),
-            shape.dense_macs / shape.depth,
+    return {
+        name or type(module).__name__: ModuleReport(
+            module.compressor.shape,
+            module.compressor.extra_repr(),
+            module.compressor.loads(),
         )
-    return reports
+        for name, module in compressible_modules(model).items()
+    }
 
 
 def describe(model: nn.Module) -> str:
@@ -83,48 +74,46 @@ def describe(model: nn.Module) -> str:
     """
     lines = []
     for name, report in module_reports(model).items():
-        height, width = report.grid
-        lines.append(
-            f'{name}: {report.num_tokens} patch tokens ({height}x{width})'
-        )
-        lines += wrap(
-            report.kind, 79, initial_indent='  ', subsequent_indent='  '
-        )
+        tokens, (height, width) = report.shape.num_tokens, report.shape.grid
+        lines.append(f'{name}: {tokens} patch tokens ({height}x{width})')
+        lines += [indent(line, '  ') for line in wrap(report.kind, 77)]
         lines += _table(report)
     return '\n'.join(lines)
 
 
 def _table(report: ModuleReport) -> list[str]:
     between, pruned = report.splits, report.prunes
-    head = '  layer  ' + 'attention  ' * between + 'tokens         '
-    lines = [head + 'pruned  ' * pruned + ' GMACs  of dense']
+    attention, out = 'attention  ' * between, 'pruned  ' * pruned
+    lines = [f'  layer  {attention}tokens         {out} GMACs  of dense']
     for index, layer in enumerate(report.layers):
-        line = f'  {index:5d}  '
-        line += f'{layer.attended:9d}  ' * between
-        line += f'{layer.kept:6d}  {layer.kept / report.num_tokens:5.0%}  '
-        line += f'{layer.pruned:6d}  ' * pruned
-        line += f'{layer.macs / 1e9:6.3f}  '
-        lines.append(line + f'{layer.macs / report.layer_macs:8.0%}')
-    blank = ' ' * (15 + 11 * between + 8 * pruned)
+        kept = layer.kept / report.shape.num_tokens
+        attention = f'{layer.attended:9d}  ' * between
+        out = f'{layer.pruned:6d}  ' * pruned
+        share = layer.macs / report.layer_macs
+        lines.append(
+            f'  {index:5d}  {attention}{layer.kept:6d}  {kept:5.0%}  {out}'
+            f'{layer.macs / 1e9:6.3f}  {share:8.0%}'
+        )
+    blank = ' ' * (15 + len(attention) + len(out))
     macs = f'{report.macs / 1e9:6.3f}  {report.share:8.1%}'
     return [*lines, f'    all  {blank}{macs}']
 
 
-def module_scores(model: nn.Module) -> dict[str, np.ndarray]:
-    """Scores (layers, h, w) of the modules whose structure has any."""
-    return {
-        name or type(module).__name__: module.compressor.scores.cpu()
-        .view(-1, *module.compressor.shape.grid)
-        .numpy()
-        for name, module in compressible_modules(model).items()
-        if module.compressor.needs_scores and module.compressor.has_scores
-    }
+def model_score_panels(model: nn.Module) -> list[Panel]:
+    """Scores of the modules whose structure comes from any."""
+    scores = {}
+    for name, module in compressible_modules(model).items():
+        compressor = module.compressor
+        if compressor.needs_scores and compressor.has_scores:
+            maps = compressor.scores.cpu().unflatten(1, compressor.shape.grid)
+            scores[name or type(module).__name__] = maps.numpy()
+    return score_panels(scores)
 
 
 def tokens_figure(model: nn.Module) -> Figure:
     """Patch tokens each layer works on, of a model with a structure."""
     kept = {
-        name: [100 * x.kept / report.num_tokens for x in report.layers]
+        name: [100 * x.kept / report.shape.num_tokens for x in report.layers]
         for name, report in module_reports(model).items()
     }
     return depth_figure(kept, 'patch tokens kept, %', 100)
@@ -134,10 +123,10 @@ def structure_figures(model: nn.Module) -> dict[str, Figure]:
     """What does not depend on the image: 'tokens', and 'scores' if any.
 
     Args:
-        model (BaseModel): With a structure, not wrapped.
+        model (BaseModel): With a structure.
     """
     figures = {'tokens': tokens_figure(model)}
-    panels = score_panels(module_scores(model))
+    panels = model_score_panels(model)
     if panels:
         figures['scores'] = panel_figure(panels, score_bar=True)
     return figures

@@ -1,4 +1,7 @@
-"""Images of token groups, scores, labels and differences."""
+"""Images of token groups, scores, labels and differences.
+
+Images are RGB, uint8, (H, W, 3), maps of classes (H, W).
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,23 @@ ORANGE, BLUE, GREEN, VERMILION = '#E69F00', '#0072B2', '#009E73', '#D55E00'
 SKY, PURPLE, YELLOW = '#56B4E9', '#CC79A7', '#F0E442'
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
 
-#: About how wide panels of tokens are, in pixels.
-_WIDTH = 320
+#: What a pixel that changed is painted in, and what that means; with an
+#: annotation, and without.
+JUDGED = {
+    'now wrong': VERMILION,
+    'now right': BLUE,
+    'wrong before and after': YELLOW,
+}
+CHANGED = {'changed': VERMILION}
 
 #: Scores from dark to light, also readable in grey.
 SCORE_COLOURS = 'cividis'
 
+_IGNORED = 255
+
 
 class Panel(NamedTuple):
-    """An image with what it shows.
-
-    Attributes:
-        title (str): Short.
-        image (np.ndarray): RGB, uint8, (H, W, 3).
-    """
+    """An image with a short title."""
 
     title: str
     image: np.ndarray
@@ -42,26 +48,16 @@ def draw_groups(image: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Paint each token group in its mean colour, outlined.
 
     Args:
-        image (np.ndarray): uint8, (H, W, 3).
+        image (np.ndarray): A whole number of pixels for each token.
         group (np.ndarray): Group of each token, (h, w); pruned tokens, -1,
             are shown dark.
-
-    Returns:
-        np.ndarray: uint8, (H, W, 3).
     """
-    size = image.shape[1::-1]
-    full = cv2.resize(
-        group.astype(np.int32).astype(np.float32),
-        size,
-        interpolation=cv2.INTER_NEAREST,
-    ).astype(np.int64)
-    index = (full + 1).ravel()
-    count = np.bincount(index).clip(1)
-    channels = [
-        (np.bincount(index, image[..., c].ravel()) / count)[index]
-        for c in range(3)
-    ]
-    out = np.stack(channels, -1).reshape(image.shape)
+    rows, columns = np.divide(image.shape[:2], group.shape).astype(int)
+    full = group.repeat(rows, 0).repeat(columns, 1)
+    index = full.ravel() + 1
+    sums = [np.bincount(index, image[..., c].ravel()) for c in range(3)]
+    means = np.stack(sums, 1) / np.bincount(index).clip(1)[:, None]
+    out = means[index].reshape(image.shape)
     out[full < 0] *= 0.3
     border = np.zeros(full.shape, bool)
     border[:, 1:] |= full[:, 1:] != full[:, :-1]
@@ -74,45 +70,37 @@ def draw_groups(image: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 def _cell(columns: int) -> int:
     """Side of a token in pixels, whole, so that no outline gets lost."""
-    return max(round(_WIDTH / columns), 4)
+    return max(round(320 / columns), 4)
 
 
-def group_panels(
-    image: np.ndarray,
-    groups: Mapping[str, Sequence[np.ndarray]],
-    patch: int,
-) -> list[Panel]:
-    """The groups of every layer of every module, drawn over an image.
+def group_panel(
+    name: str, image: np.ndarray, group: np.ndarray, patch: int
+) -> Panel:
+    """The groups of a layer, drawn over what the model sees.
 
     Args:
-        image (np.ndarray): What the model sees, RGB, uint8, (H, W, 3).
-        groups (Mapping): Group of each token, (h, w), by layer, by name of
-            the module.
-        patch (int): Side of a token in pixels. An image that is no whole
-            number of tokens was padded right and below.
+        name (str): Of the layer.
+        image (np.ndarray): No whole number of tokens if it was padded right
+            and below.
+        group (np.ndarray): Group of each token, (h, w), -1 if pruned.
+        patch (int): Side of a token in pixels.
     """
-    panels = []
+    live = group[group >= 0]
+    count, total = len(np.unique(live)), group.size
+    kept = 'dense' if count == total else f'{count} of {total}'
+    pruned = f', {total - live.size} pruned' if live.size < total else ''
     height, width = image.shape[:2]
-    named = [(name, *x) for name in groups for x in enumerate(groups[name])]
-    for name, index, group in named:
-        live = group[group >= 0]
-        count, total = len(np.unique(live)), group.size
-        title = f'{name} {index}: '
-        title += 'dense' if count == total else f'{count} of {total}'
-        if live.size < total:
-            title += f', {total - live.size} pruned'
-        rows, columns = group.shape
-        below = max(rows * patch - height, 0)
-        right = max(columns * patch - width, 0)
-        drawn = np.pad(image, ((0, below), (0, right), (0, 0)), 'edge')
-        cell = _cell(columns)
-        size = (columns * cell, rows * cell)
-        drawn = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
-        if count < total:
-            drawn = draw_groups(drawn, group)
-        shown = drawn[: height * cell // patch, : width * cell // patch]
-        panels.append(Panel(title, shown))
-    return panels
+    rows, columns = group.shape
+    below = max(rows * patch - height, 0)
+    right = max(columns * patch - width, 0)
+    drawn = np.pad(image, ((0, below), (0, right), (0, 0)), 'edge')
+    cell = _cell(columns)
+    size = (columns * cell, rows * cell)
+    drawn = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
+    if count < total:
+        drawn = draw_groups(drawn, group)
+    shown = drawn[: height * cell // patch, : width * cell // patch]
+    return Panel(f'{name}: {kept}{pruned}', shown)
 
 
 def score_panels(scores: Mapping[str, np.ndarray]) -> list[Panel]:
@@ -123,13 +111,11 @@ def score_panels(scores: Mapping[str, np.ndarray]) -> list[Panel]:
             are all zero, because they were not scored, are left out.
     """
     panels = []
-    for name, layers in scores.items():
-        for index, values in enumerate(layers):
-            if not values.any():
-                continue
+    named = [(name, *x) for name in scores for x in enumerate(scores[name])]
+    for name, index, values in named:
+        if values.any():
             top = np.quantile(values, 0.99) or values.max()
-            shown = colormaps[SCORE_COLOURS]((values / top).clip(0, 1))
-            shown = (shown[..., :3] * 255).round().astype(np.uint8)
+            shown = colormaps[SCORE_COLOURS](values / top, bytes=True)[..., :3]
             cell = _cell(values.shape[1])
             shown = shown.repeat(cell, 0).repeat(cell, 1)
             panels.append(Panel(f'{name} {index}', shown))
@@ -139,19 +125,10 @@ def score_panels(scores: Mapping[str, np.ndarray]) -> list[Panel]:
 def paint_labels(
     labels: np.ndarray, palette: Sequence[Sequence[int]]
 ) -> np.ndarray:
-    """Class indices (H, W) to colours; others (255: ignored) are black."""
+    """Classes as colours; those without one (255: ignored) are black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
     return table[labels.astype(np.uint8)]
-
-
-#: What a pixel that changed is painted in, and what that means.
-CHANGED = {'changed': VERMILION}
-JUDGED = {
-    'now wrong': VERMILION,
-    'now right': BLUE,
-    'wrong before and after': YELLOW,
-}
 
 
 def draw_difference(
@@ -159,20 +136,11 @@ def draw_difference(
     dense: np.ndarray,
     compressed: np.ndarray,
     truth: np.ndarray | None = None,
-    ignored: int = 255,
 ) -> np.ndarray:
-    """Where two predictions differ, over a pale grey image.
+    """Where two maps of classes differ, over the pale grey image.
 
-    Args:
-        image (np.ndarray): RGB, uint8, (H, W, 3).
-        dense, compressed (np.ndarray): Class indices, (H, W).
-        truth (np.ndarray, optional): The annotation, (H, W). With it,
-            changes are told apart as in :data:`JUDGED`; without, they all
-            have the colour of :data:`CHANGED`.
-        ignored (int): Class of pixels without annotation. Defaults to 255.
-
-    Returns:
-        np.ndarray: uint8, (H, W, 3).
+    In the colour of :data:`CHANGED`; with an annotation in those of
+    :data:`JUDGED`, where it has a class.
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     out = np.repeat((110 + 0.5 * grey)[..., None], 3, 2).astype(np.uint8)
@@ -180,7 +148,7 @@ def draw_difference(
     if truth is None:
         out[changed] = rgb(VERMILION)
         return out
-    changed &= truth != ignored
+    changed &= truth != _IGNORED
     for name, where in (
         ('wrong before and after', changed),
         ('now wrong', changed & (dense == truth)),
@@ -188,37 +156,6 @@ def draw_difference(
     ):
         out[where] = rgb(JUDGED[name])
     return out
-
-
-def prediction_panels(
-    image: np.ndarray,
-    dense: np.ndarray,
-    compressed: np.ndarray,
-    palette: Sequence[Sequence[int]],
-    truth: np.ndarray | None = None,
-) -> list[Panel]:
-    """Image, annotation if given, both predictions and their difference.
-
-    Args:
-        image (np.ndarray): RGB, uint8, (H, W, 3).
-        dense, compressed (np.ndarray): Class indices, (H, W).
-        palette (Sequence): RGB colour of each class.
-        truth (np.ndarray, optional): The annotation, (H, W).
-    """
-    maps = {'annotation': truth, 'dense': dense, 'compressed': compressed}
-    share = (dense != compressed).mean()
-    return [
-        Panel('image', image),
-        *(
-            Panel(title, paint_labels(labels, palette))
-            for title, labels in maps.items()
-            if labels is not None
-        ),
-        Panel(
-            f'difference: {share:.1%} of the pixels',
-            draw_difference(image, dense, compressed, truth),
-        ),
-    ]
 
 
 def make_palette(num_classes: int) -> list[list[int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import platform
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +20,12 @@ from mmengine.utils import to_2tuple
 
 from ..env import processor
 from ..stacks import installed_stacks
-from ..utils import median
 from ..utils.files import whole_files
 from ..version import __version__
 from .figures import to_svg
 from .inspection import Inspection
-from .layers import module_reports, module_scores, tokens_figure
-from .panels import BLUE, SCORE_COLOURS, score_panels
+from .layers import model_score_panels, module_reports, tokens_figure
+from .panels import BLUE, SCORE_COLOURS
 
 
 def png_uri(image: np.ndarray) -> str:
@@ -88,50 +86,23 @@ class CompressionReport:
             report=self,
             blue=BLUE,
             size='x'.join(map(str, to_2tuple(self.model.backbone.img_size))),
-            cards=self._cards(),
             facts={**self.facts, 'versions': versions()},
             tokens=tokens_figure(self.model),
             modules=module_reports(self.model),
-            speeds=list(self._speeds()),
+            speeds={
+                device: {name: _timing(times[name]) for name in times}
+                for device, times in self.seconds.items()
+            },
             rounds=len(next(iter(self.seconds.values()))['dense']),
-            scores=score_panels(module_scores(self.model)),
+            scores=model_score_panels(self.model),
             scale=list(colormaps[SCORE_COLOURS]([0.0, 0.25, 0.5, 0.75, 1.0])),
         )
 
-    def _cards(self) -> dict[str, tuple[str, str]]:
-        """A large figure and a line below it, by name."""
-        dense, compressed = self.macs['dense'], self.macs['compressed']
-        cards = {
-            'GMACs': (
-                f'{compressed / dense:.0%}',
-                f'{dense / 1e9:.2f} → {compressed / 1e9:.2f}',
-            )
-        }
-        for device, seconds in self.seconds.items():
-            before, after = (
-                1e3 * median(seconds[name]) for name in ('dense', 'compressed')
-            )
-            cards[f'speed, {device}'] = (
-                f'{before / after:.2f}x',
-                f'{before:.1f} → {after:.1f} ms',
-            )
-        for name, value in self.accuracy.get('dense', {}).items():
-            after = self.accuracy['compressed'][name]
-            cards[name] = (f'{after:.2f}', f'{value:.2f} dense')
-        return cards
 
-    def _speeds(self) -> Iterator[tuple[str, float, float, float]]:
-        """Name, milliseconds, half the quartiles' distance, and speed."""
-        for device, seconds in self.seconds.items():
-            for name, times in seconds.items():
-                low, _, high = statistics.quantiles(times, n=4)
-                middle = median(times)
-                yield (
-                    f'{device}, {name}',
-                    1e3 * middle,
-                    500 * (high - low),
-                    median(seconds['dense']) / middle,
-                )
+def _timing(seconds: list[float]) -> tuple[float, float]:
+    """Median and half the distance between the quartiles, milliseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return 1e3 * middle, 500 * (high - low)
 
 
 def versions() -> str:

@@ -11,11 +11,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pm_seg.datasets import (
+    Draw,
     NumberedInfiniteSampler,
     NumberedSampler,
     SeedAugmentation,
+    mix_seed,
 )
-from pm_seg.datasets.reproducible import Draw, mix_seed
 
 
 class Augmented(Dataset):

@@ -9,7 +9,6 @@ from tiny import batch, build
 from pm_seg.engine import calibration
 from pm_seg.engine.calibration import (
     SEARCH,
-    calibration_inputs,
     choose_settings,
     fit_importance,
 )
@@ -19,20 +18,21 @@ from pm_seg.models.distillation import soft_target_loss
 BATCHES = [batch(0, 2), batch(2, 2)]
 
 
-def prepared(**options):
+def prepared(**options) -> torch.nn.Module:
     model = build(**options).eval()
     for parameter in model.parameters():  # tokens differ, as trained ones do
         if parameter.dim() > 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     if model.backbone.compressor.calibrates:
         fit_importance(model, BATCHES)
-    return model, calibration_inputs(model, BATCHES)
+    return model
 
 
 @torch.no_grad()
-def loss(model, inputs: list[torch.Tensor]) -> float:
+def loss(model) -> float:
     total = 0.0
-    for images in inputs:
+    for data in BATCHES:
+        images = model.data_preprocessor(data, training=True)['inputs']
         with uncompressed(model):
             dense = model(images, mode='tensor')
         found = model(images, mode='tensor')
@@ -41,11 +41,11 @@ def loss(model, inputs: list[torch.Tensor]) -> float:
 
 
 def test_the_best_settings_are_kept_at_the_same_cost() -> None:
-    model, inputs = prepared()
+    model = prepared()
     compressor = model.backbone.compressor
     before, seen = compressor.schedule.power, []
     start = (before, compressor.gain.detach().clone())
-    chosen = choose_settings(model, inputs, lambda *steps: seen.append(steps))
+    chosen = choose_settings(model, BATCHES, lambda *steps: seen.append(steps))
     total = sum(map(len, SEARCH.values())) - len(SEARCH) + 1
     assert seen == [(i, total) for i in range(total + 1)]
     assert compressor.schedule.power == before * chosen['power']
@@ -53,19 +53,19 @@ def test_the_best_settings_are_kept_at_the_same_cost() -> None:
     assert (compressor.gain == chosen['gain']).all()
     assert compressor.keep == 0.5 and compressor.share <= 0.5
     # Nothing of what was tried last, with the others chosen, is better.
-    best = loss(model, inputs)
+    best = loss(model)
     name = list(SEARCH)[-1]
     for value in SEARCH[name]:
         tried = {**chosen, name: value}
         assert calibration._apply([model.backbone], [start], tried)
-        assert loss(model, inputs) >= best - 1e-6
+        assert loss(model) >= best - 1e-6
 
 
 def test_gains_are_not_tried_where_nothing_is_restored() -> None:
-    model, inputs = prepared(restore='replace')
+    model = prepared(restore='replace')
     assert not model.backbone.compressor.gain.requires_grad
     seen = []
-    chosen = choose_settings(model, inputs, lambda *steps: seen.append(steps))
+    chosen = choose_settings(model, BATCHES, lambda *steps: seen.append(steps))
     others = len(SEARCH['strength']) + len(SEARCH['power']) - 1
     assert seen[-1] == (others, others) and chosen['gain'] == 1.0
 
@@ -75,16 +75,16 @@ def test_powers_out_of_reach_are_passed_over(monkeypatch) -> None:
     search = {name: values[:1] for name, values in SEARCH.items()}
     search['power'] = (1.0, 0.01, 100.0)
     monkeypatch.setattr(calibration, 'SEARCH', search)
-    model, inputs = prepared(keep=0.47)
-    chosen = choose_settings(model, inputs)
+    model = prepared(keep=0.47)
+    chosen = choose_settings(model, BATCHES)
     assert chosen['power'] in (1.0, 0.01)
     assert model.backbone.compressor.share <= 0.47
 
 
 def test_the_kinds_of_peers_are_left_alone() -> None:
-    model, inputs = prepared(type='tome', keep=0.7)
+    model = prepared(type='tome', keep=0.7)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     assert not model.backbone.compressor.has_importance
-    choose_settings(model, inputs)
+    choose_settings(model, BATCHES)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key

@@ -22,7 +22,7 @@ def test_the_report_accounts_for_what_compression_saves(kind: str) -> None:
     compress(model.eval(), [batch(0, 2)], measuring=Measuring(1, 0))
     (report,) = module_reports(model).values()
     assert report.macs == sum(layer.macs for layer in report.layers)
-    saved = report.dense_macs - report.macs
+    saved = report.shape.dense_macs - report.macs
     # A decoder on the groups of the encoder saves more.
     whole = compare_macs(model)
     assert whole['dense'] - whole['compressed'] > saved * 0.98

@@ -15,11 +15,12 @@ from ...registry import register
 from ...utils.files import whole_files
 from ..faults import RunStoppedError, how_to_go_on
 
-BACKEND = 'whole_file'
-
 
 class WholeFileBackend(LocalBackend):
-    """Local files that are written to their end or not at all."""
+    """Local files, written to their end or not at all, and removed last."""
+
+    def __init__(self) -> None:
+        self._outdated: list[tuple[str, int]] = []
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         with (
@@ -30,28 +31,19 @@ class WholeFileBackend(LocalBackend):
             file.flush()
             os.fsync(file.fileno())
 
+    def remove(self, filepath: str | Path) -> None:
+        self._outdated.append((filepath, os.stat(filepath).st_ino))
 
-register_backend(BACKEND, WholeFileBackend, force=True)
-
-
-class _LaterRemovals:
-    """A file backend that keeps what it is told to remove for later."""
-
-    def __init__(self, backend: LocalBackend) -> None:
-        self._backend = backend
-        self._wanted: list[tuple[str, int]] = []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._backend, name)
-
-    def remove(self, path: str) -> None:
-        self._wanted.append((path, os.stat(path).st_ino))
-
-    def carry_out(self) -> None:
-        for path, inode in self._wanted:
+    def clean_up(self) -> None:
+        """Remove what there was to remove."""
+        for path, inode in self._outdated:
             # A file written since under the same name stays.
             if os.path.exists(path) and os.stat(path).st_ino == inode:
-                self._backend.remove(path)
+                os.remove(path)
+        self._outdated.clear()
+
+
+register_backend('whole_file', WholeFileBackend, force=True)
 
 
 @register('HOOKS')
@@ -75,13 +67,9 @@ class WholeCheckpointHook(CheckpointHook):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._local = (
-            '://' not in str(self.out_dir or '')
-            and self.backend_args is None
-            and self.file_client_args is None
-        )
-        if self._local:
-            self.backend_args = dict(backend=BACKEND)
+        local = '://' not in str(self.out_dir or '')
+        if local and self.backend_args is None is self.file_client_args:
+            self.backend_args = dict(backend='whole_file')
 
     def _save_checkpoint_with_step(
         self, runner: Runner, step: int, meta: dict
@@ -95,16 +83,11 @@ class WholeCheckpointHook(CheckpointHook):
 
     @contextmanager
     def _safely(self, runner: Runner) -> Iterator[None]:
-        if not self._local or isinstance(self.file_backend, _LaterRemovals):
-            yield
-            return
-        backend = self.file_backend
-        self.file_backend = later = _LaterRemovals(backend)
+        local = isinstance(self.file_backend, WholeFileBackend)
         try:
             yield
-            later.carry_out()
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RunStoppedError) or not _about_files(error):
+            if not local or not _about_files(error):
                 raise
             raise RunStoppedError(
                 f'Cannot save to {self.out_dir} at iteration '
@@ -112,10 +95,12 @@ class WholeCheckpointHook(CheckpointHook):
                 'or choose another folder with --work-dir. '
                 f'{how_to_go_on(self.out_dir)}'
             ) from error
-        finally:
-            self.file_backend = backend
+        if local:
+            self.file_backend.clean_up()
 
 
 def _about_files(error: Exception) -> bool:
     """Whether torch or the system could not write a file."""
+    if isinstance(error, RunStoppedError):  # said already
+        return False
     return isinstance(error, OSError) or 'PytorchStreamWriter' in str(error)

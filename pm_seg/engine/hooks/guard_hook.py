@@ -10,22 +10,16 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.runner import Runner
 
 from ...registry import register
-from ..faults import (
-    RunStoppedError,
-    check_labels,
-    how_to_go_on,
-    require_images,
-)
+from ..faults import RunStoppedError, check_labels, how_to_go_on
 
 
 @register('HOOKS')
 class RunGuardHook(Hook):
     """Looks at the data and the loss of every iteration.
 
-    - A dataset without images, and a label that is no class of the model,
-      stop training with a ``ValueError``; in tests such a label is a warning,
-      because stock metrics accept it.
-      Where a GPU trains, an eighth of the rows is looked at before the
+    - A label that is no class of the model stops training with a
+      ``ValueError``; in tests it is a warning, because stock metrics accept
+      it. Where a GPU trains, an eighth of the rows is looked at before the
       iteration, another one each time, and all if it fails: a whole batch
       would take longer than the GPU can wait.
     - A loss of NaN or inf raises ``RunStoppedError`` before a checkpoint with
@@ -50,11 +44,8 @@ class RunGuardHook(Hook):
         self._warned = False
         self._batch: dict | None = None
 
-    def before_train(self, runner: Runner) -> None:
-        require_images(runner.train_dataloader.dataset)
-
     def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None
+        self, runner: Runner, batch_idx: int, data_batch: dict
     ) -> None:
         cuda = next(runner.model.parameters()).is_cuda
         step = 8 if cuda else 1
@@ -65,11 +56,8 @@ class RunGuardHook(Hook):
         """Raise ``ValueError`` if labels are why an iteration failed."""
         check_labels(runner.model, self._batch)
 
-    def before_test_epoch(self, runner: Runner) -> None:
-        require_images(runner.test_dataloader.dataset)
-
     def before_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None
+        self, runner: Runner, batch_idx: int, data_batch: dict
     ) -> None:
         if self._warned:
             return
@@ -82,23 +70,20 @@ class RunGuardHook(Hook):
     before_val_iter = before_test_iter
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+        self, runner: Runner, outputs: dict | None = None, **kwargs
     ) -> None:
         loss = outputs.get('loss') if isinstance(outputs, dict) else None
-        if loss is None:
-            return
-        loss = float(loss.detach())
+        loss = 0.0 if loss is None else float(loss.detach())
         if math.isfinite(loss):
             self._bad = 0
             return
         self._bad += 1
         mixed = isinstance(runner.optim_wrapper, AmpOptimWrapper)
-        if self._bad <= (self.patience if mixed else 0):
-            return
-        raise RunStoppedError(
-            f'The loss is {loss} at iteration {runner.iter + 1}, '
-            'expected a finite number. Nothing of this iteration was saved. '
-            'Lower the learning rate, add clip_grad to optim_wrapper, or '
-            'train without --amp. '
-            + how_to_go_on(runner.work_dir, finite=True)
-        )
+        if self._bad > (self.patience if mixed else 0):
+            raise RunStoppedError(
+                f'The loss is {loss} at iteration {runner.iter + 1}, '
+                'expected a finite number. Nothing of this iteration was '
+                'saved. Lower the learning rate, add clip_grad to '
+                'optim_wrapper, or train without --amp. '
+                + how_to_go_on(runner.work_dir, finite=True)
+            )

@@ -46,22 +46,19 @@ class InterruptHook(Hook):
         self._inside = False
         self._previous: dict[int, object] = {}
 
-    # -------------------------------------------------------------- signals
-
     def before_run(self, runner: Runner) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets no other thread handle signals
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
 
-    def after_run(self, runner: Runner) -> None:
-        self.release()
-
-    def release(self) -> None:
+    def release(self, runner: Runner | None = None) -> None:
         """Put the signal handlers back that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+    after_run = release
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None or self._done is None:
@@ -76,27 +73,21 @@ class InterruptHook(Hook):
         text = f'{name}: saving after this iteration. Again: stop at once.\n'
         os.write(2, text.encode())  # print could be inside itself here
 
-    # ------------------------------------------------------------- training
-
     def before_train(self, runner: Runner) -> None:
         self._done = runner.iter
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None
-    ) -> None:
+    def before_train_iter(self, runner: Runner, **kwargs) -> None:
         self._inside = True
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+        self, runner: Runner, batch_idx: int, **kwargs
     ) -> None:
         self._inside = False
         self._done = runner.iter + 1
         if self._agreed(batch_idx):
             self.stop(runner)
 
-    def after_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
-    ) -> None:
+    def after_val_iter(self, runner: Runner, batch_idx: int, **kwargs) -> None:
         if self._done is None or not self._agreed(batch_idx):
             return
         for hook in runner.hooks:
@@ -130,28 +121,25 @@ class InterruptHook(Hook):
             RunStoppedError: Always.
         """
         self.release()
-        name = signal.Signals(self.requested).name
-        saved, where = ' and saved', ''
+        name, done = signal.Signals(self.requested).name, self._done
+        stopped = f'stopped and saved after iteration {done}'
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            saved, where = '', ', inside an epoch'
+            stopped = f'stopped after iteration {done}, inside an epoch'
         else:
-            self._save(runner, self._done)
+            self._save(runner, done)
         raise RunStoppedError(
-            f'{name}: stopped{saved} after iteration {self._done}{where}. '
-            f'{how_to_go_on(runner.work_dir)}',
+            f'{name}: {stopped}. {how_to_go_on(runner.work_dir)}',
             128 + self.requested,
         )
 
     @staticmethod
     def _save(runner: Runner, done: int) -> None:
         meta = dict(epoch=runner.epoch, iter=done)
-        for hook in runner.hooks:
-            if isinstance(hook, CheckpointHook):
-                kept = getattr(hook, 'keep_ckpt_ids', ())
-                last = hook.last_ckpt or ''
-                if done not in kept and not last.endswith(f'iter_{done}.pth'):
-                    hook._save_checkpoint_with_step(runner, done, meta)
-                return
-        runner.save_checkpoint(
-            runner.work_dir, f'iter_{done}.pth', meta=meta, by_epoch=False
-        )
+        name = f'iter_{done}.pth'
+        hooks = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
+        if not hooks:
+            runner.save_checkpoint(
+                runner.work_dir, name, meta=meta, by_epoch=False
+            )
+        elif not (hooks[0].last_ckpt or '').endswith(name):
+            hooks[0]._save_checkpoint_with_step(runner, done, meta)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -13,6 +12,7 @@ from ...registry import register
 from ...utils.progress import TimeLeft
 from ...visualization.layers import describe
 from ..compression import Measuring, calibration_loader, compress
+from ..evaluation import measure
 from ..scoring import require_compressible, uncompressed
 from ..targets import check_target
 
@@ -29,23 +29,14 @@ class PruneMergeHook(Hook):
     it has.
 
     Images come from the training loader, through ``calib_pipeline`` if the
-    config has one, else through its own transforms.
-
-    Measuring changes no weight and no random state: what follows is the same
-    run with or without it.
+    config has one, else through its own transforms. Measuring changes no
+    weight and no random state: what follows is the same run with or without.
 
     Args:
-        calib_batches (int): Training batches to measure on, 0 for none.
-            Defaults to 8.
-        score_batches (int): Training batches to score where the structure
-            needs scores (``type='paper'``). Defaults to 50.
-        reduction (str): See :class:`pm_seg.core.ScoreRecorder`. Defaults to
-            'image'.
-        seed (int): Seed of the batches and their augmentation. Defaults to
-            0.
+        calib_batches, score_batches, reduction, seed: See
+            :class:`~pm_seg.engine.Measuring`.
         target (dict, optional): A budget of the whole model instead of the
-            ``keep`` of the config: ``dict(gmacs=...)``, ``dict(share=...)``
-            or ``dict(latency_ms=..., batch_size=1, compiled=False)``, see
+            ``keep`` of the config, see
             :func:`pm_seg.engine.targets.meet_target`. Defaults to None.
         evaluate (bool): Whether to run the validation before compression and
             straight after it. Defaults to False.
@@ -93,7 +84,14 @@ class PruneMergeHook(Hook):
         else:
             with uncompressed(model):
                 self._evaluate(runner, 'Before compression')
-            self._compress(runner, model)
+            # A loader of its own, so that training sees its batches unshifted.
+            compress(
+                model,
+                calibration_loader(runner.cfg),
+                target=self.target,
+                measuring=self.measuring,
+                progress=_Log(runner),
+            )
             self._evaluate(runner, 'Straight after compression')
         if not sharded:  # the table reads shapes of whole parameters
             runner.logger.info(f'Token compression\n{describe(model)}')
@@ -102,37 +100,26 @@ class PruneMergeHook(Hook):
             dense = None if runner._resume else runner._load_from
             model.load_teacher(dense)
 
-    def _compress(self, runner: Runner, model: BaseModel) -> None:
-        clocks: dict[str, TimeLeft] = {}
-
-        def progress(title: str, done: int, total: int) -> None:
-            if done == 0:
-                clocks[title] = TimeLeft()
-            elif done % max(total // 5, 1) == 0 or done == total:
-                left = clocks[title](done, total)
-                runner.logger.info(f'{title} [{done}/{total}], {left}')
-
-        # A loader of its own, so that training sees its batches unshifted.
-        compress(
-            model,
-            calibration_loader(runner.cfg),
-            target=self.target,
-            measuring=self.measuring,
-            progress=progress,
-        )
-
     def _evaluate(self, runner: Runner, title: str) -> None:
         """Validation without the hooks: this is no result of the run."""
-        if not self.evaluate or runner.val_loop is None:
+        loop = runner.val_loop
+        if not self.evaluate or loop is None:
             return
         runner.logger.info(f'{title}: evaluating')
-        loop, model = runner.val_loop, runner.model
-        model.eval()
-        with torch.no_grad():
-            for data in loop.dataloader:
-                outputs = model.val_step(data)
-                loop.evaluator.process(data_samples=outputs, data_batch=data)
-        metrics = loop.evaluator.evaluate(len(loop.dataloader.dataset))
-        model.train()
+        metrics = measure(runner.model, loop.dataloader, loop.evaluator)
         shown = '  '.join(f'{k}: {v:.2f}' for k, v in metrics.items())
         runner.logger.info(f'{title}: {shown}')
+
+
+class _Log:
+    """Five log lines on each thing that is done."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    def __call__(self, title: str, done: int, total: int) -> None:
+        if done == 0:
+            self.left = TimeLeft()
+        elif done % max(total // 5, 1) == 0 or done == total:
+            left = self.left(done, total)
+            self.runner.logger.info(f'{title} [{done}/{total}], {left}')

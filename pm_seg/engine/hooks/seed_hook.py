@@ -7,7 +7,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from ...datasets.reproducible import mix_seed
+from ...datasets import mix_seed
 from ...registry import register
 
 
@@ -17,7 +17,7 @@ class SeedIterationHook(Hook):
 
     mmengine saves no generator states, so a resumed run would drop other
     paths than an uninterrupted one. With this hook and
-    :mod:`pm_seg.datasets.reproducible` it follows the same loss curve.
+    :mod:`pm_seg.datasets` it follows the same loss curve.
 
     Args:
         seed (int): Defaults to 0.
@@ -28,7 +28,5 @@ class SeedIterationHook(Hook):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None
-    ) -> None:
+    def before_train_iter(self, runner: Runner, **kwargs) -> None:
         torch.manual_seed(mix_seed(self.seed, runner.iter, get_rank()))

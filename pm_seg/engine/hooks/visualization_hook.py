@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from matplotlib.figure import Figure
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -12,8 +9,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from ...registry import register
-from ...visualization import to_array
-from ...visualization.inspection import dataset_meta, inspect
+from ...visualization.figures import to_array
+from ...visualization.inspection import inspect
 from ...visualization.layers import structure_figures
 from ..scoring import compressible_modules
 
@@ -51,64 +48,51 @@ class CompressionVisualizationHook(Hook):
     priority = 'LOW'
 
     def __init__(self, interval: int = 1, num_images: int = 2) -> None:
-        for name, value in (
-            ('interval', interval),
-            ('num_images', num_images),
-        ):
-            if value < 0:
-                raise ValueError(f'{name}={value} must be at least 0')
+        if min(interval, num_images) < 0:
+            raise ValueError(
+                f'interval={interval} and num_images={num_images} must be at '
+                'least 0'
+            )
         self.interval = interval
         self.num_images = num_images
         self._validations = 0
 
     def before_train(self, runner: Runner) -> None:
         """Draw the structure, if there is one by now."""
-        model = _unwrapped(runner)
-        modules = compressible_modules(model).values()
-        if not modules or not is_main_process():
-            return
+        modules = compressible_modules(runner.model).values()
         if not all(m.compressor.has_structure for m in modules):
             runner.logger.warning(
                 'CompressionVisualizationHook: no token groups to draw yet; '
                 "add dict(type='PruneMergeHook') to custom_hooks"
             )
-            return
-        for name, figure in structure_figures(model).items():
-            _add(runner, name, figure)
-        self._draw_images(runner)
+        elif modules and is_main_process():
+            _add(runner, structure_figures(runner.model))
+            self._draw_images(runner)
 
-    def after_val_epoch(
-        self, runner: Runner, metrics: dict[str, float] | None = None
-    ) -> None:
+    def after_val_epoch(self, runner: Runner, **kwargs) -> None:
         """Draw the images, every ``interval`` validations."""
         self._validations += 1
         if self.interval and self._validations % self.interval == 0:
             self._draw_images(runner)
 
     def _draw_images(self, runner: Runner) -> None:
-        model = _unwrapped(runner)
-        if (
-            not is_main_process()
-            or runner.val_loop is None
-            or not compressible_modules(model)
-        ):
+        model, loop = runner.model, runner.val_loop
+        drawn = compressible_modules(model) and is_main_process()
+        if not drawn or loop is None:
             return
-        dataset = runner.val_loop.dataloader.dataset
-        meta = dataset_meta(runner.cfg)
+        dataset = loop.dataloader.dataset
         count = min(self.num_images, len(dataset))
         for number in range(count):
-            sample = dataset[math.floor(number * len(dataset) / count)]
-            inspection = inspect(model, sample)
-            for kind, figure in inspection.figures(meta).items():
-                _add(runner, f'{kind}_{inspection.name}', figure)
+            one = inspect(
+                model.module if is_model_wrapper(model) else model,
+                dataset[number * len(dataset) // count],
+            )
+            figures = one.figures(getattr(dataset, 'metainfo', {}))
+            _add(runner, {f'{k}_{one.name}': f for k, f in figures.items()})
 
 
-def _unwrapped(runner: Runner) -> torch.nn.Module:
-    model = runner.model
-    return model.module if is_model_wrapper(model) else model
-
-
-def _add(runner: Runner, name: str, figure: Figure) -> None:
-    runner.visualizer.add_image(
-        f'compression_{name}', to_array(figure), runner.iter
-    )
+def _add(runner: Runner, figures: dict[str, Figure]) -> None:
+    for name, figure in figures.items():
+        runner.visualizer.add_image(
+            f'compression_{name}', to_array(figure), runner.iter
+        )

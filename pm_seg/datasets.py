@@ -17,7 +17,9 @@ import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 
-from ..registry import register
+from .registry import register
+
+__all__ = ['NumberedInfiniteSampler', 'NumberedSampler', 'SeedAugmentation']
 
 
 class Draw(int):

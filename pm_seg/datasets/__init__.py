@@ -1,7 +1,0 @@
-from .reproducible import (
-    NumberedInfiniteSampler,
-    NumberedSampler,
-    SeedAugmentation,
-)
-
-__all__ = ['NumberedInfiniteSampler', 'NumberedSampler', 'SeedAugmentation']
