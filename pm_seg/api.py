@@ -18,7 +18,7 @@ from mmengine.model import BaseModel, is_model_wrapper
 from torch import nn
 
 from .engine.compression import Measuring, Progress, compress
-from .engine.from_stock import SUPPORTED, compressible_backbone
+from .engine.from_stock import SUPPORTED, make_backbone_compressible
 from .engine.scoring import compressible_modules
 from .engine.user_data import (
     Loss,
@@ -159,12 +159,10 @@ def make_compressible(
             for module in modules.values():
                 module.compressor.set_keep(keep)
         return small
-    backbone = compressible_backbone(small.backbone, options)
-    backbone.to(next(small.parameters()))
+    backbone = small.backbone
+    make_backbone_compressible(backbone, options)
     if keep is not None:
         backbone.compressor.set_keep(keep)
-    backbone.train(small.backbone.training)
-    small.backbone = backbone
     if isinstance(getattr(small, 'cfg', None), Config):
         name = type(backbone).__name__
         small.cfg.model.backbone.update(type=name, compression=options)

@@ -179,13 +179,39 @@ def test_models_and_batches_of_another_kind(segmentor: nn.Module) -> None:
         call(segmentor, [tiny.batch(0, 1)])
 
 
-def test_options_that_are_not_carried_over_are_noticed() -> None:
+def test_a_backbone_of_parts_of_its_own(segmentor: nn.Module) -> None:
+    """It keeps them: other layers, hooks, what is frozen."""
+    backbone = segmentor.backbone
+    backbone.layers[2].ffn.layers[0][1] = nn.ReLU()
+    backbone.layers[0].requires_grad_(False)
+    small = pm_seg.make_compressible(segmentor, keep=0.5)
+    x = images()
+    compressor = small.backbone.compressor
+    assert not torch.equal(small(x, mode='tensor'), segmentor(x))
+    with compressor.disabled():
+        torch.testing.assert_close(
+            small(x, mode='tensor'), segmentor(x), rtol=1e-4, atol=1e-4
+        )
+    frozen = [n for n, p in small.named_parameters() if not p.requires_grad]
+    assert frozen == [
+        n for n, p in segmentor.named_parameters() if not p.requires_grad
+    ]
+
+
+def test_what_is_not_carried_over_is_noticed(segmentor, monkeypatch) -> None:
     """A subtly changed backbone is refused, not silently replaced."""
-    init_default_scope('mmseg')
-    model = perturbed(MODELS.build(copy.deepcopy(SEGMENTOR)))
-    model.backbone.layers[2].ffn.layers[0][1] = nn.ReLU()
+    layers = segmentor.backbone.layers
+    stock = type(layers[2])
+    forward = stock.forward
+    layers[2].__class__ = type('Louder', (stock,), {})
+    with pytest.raises(ValueError, match='a layer is of type Louder'):
+        pm_seg.make_compressible(segmentor)
+    layers[2].__class__ = stock
+    monkeypatch.setattr(
+        stock, 'forward', lambda self, x: 1.01 * forward(self, x)
+    )
     with pytest.raises(ValueError, match='differs from it'):
-        pm_seg.make_compressible(model)
+        pm_seg.make_compressible(segmentor)
 
 
 @pytest.mark.parametrize('kind', ['tome', 'algm', 'paper'])
@@ -232,4 +258,4 @@ def test_the_check_runs_without_tf32(monkeypatch) -> None:
         assert torch.get_float32_matmul_precision() == 'high'
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == ['highest']
+    assert seen == 2 * ['highest']  # before and after
