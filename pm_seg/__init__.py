@@ -28,7 +28,7 @@ if find_spec('mmseg') is not None and not _only_env:
         use_safe_loading()
         if find_spec('mmpretrain') is not None:
             from .models import classifiers  # noqa: F401
-            from .models.backbones import pretrain_variants  # noqa: F401
+            from .models.backbones import pretrain_vit  # noqa: F401
         from .api import compress_model, make_compressible
 
     __all__ = ['__version__', 'compress_model', 'make_compressible']

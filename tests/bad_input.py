@@ -152,6 +152,12 @@ class Workspace:
         out = [] if '--out' in flags else ['--out', self('out.pth')]
         compress.main([self(config), self(checkpoint), *out, *flags])
 
+    def from_compressed(self) -> Config:
+        """For training from the compressed checkpoint."""
+        cfg = copy.deepcopy(self.cfg)
+        cfg.load_from = self('pm.pth')
+        return cfg
+
     def tune(self, *options: str) -> None:
         """Train from the compressed checkpoint: no scoring, quick."""
         self.train(f'load_from={self("pm.pth")}', *options)
@@ -222,6 +228,19 @@ def stderr_is_the_message() -> Iterator[None]:
         except SystemExit:
             ws_errors.append(''.join(written))
             raise
+
+
+@contextmanager
+def _file(ws: Workspace, content: object, name: str = 'bad.pth') -> Iterator:
+    """A file of bytes, or what ``torch.save`` writes; it goes again."""
+    if isinstance(content, bytes):
+        (ws.root / name).write_bytes(content)
+    else:
+        torch.save(content, ws(name))
+    try:
+        yield name
+    finally:
+        os.remove(ws(name))
 
 
 # -------------------------------------------------------------- the options
@@ -376,11 +395,8 @@ def crops_of_another_size(ws: Workspace) -> None:
 def checkpoint_scores_nan(ws: Workspace) -> None:
     state = {k: v.clone() for k, v in ws.paper.items()}
     state['backbone.compressor.scores'][1, 0] = float('nan')
-    torch.save(dict(state_dict=state), ws('nan.pth'))
-    try:
-        ws.compress('--keep', '0.5', checkpoint='nan.pth', config='paper.py')
-    finally:
-        os.remove(ws('nan.pth'))
+    with _file(ws, dict(state_dict=state)) as name:
+        ws.compress('--keep', '0.5', checkpoint=name, config='paper.py')
 
 
 # -------------------------------------------------------------------- sizes
@@ -489,20 +505,8 @@ def compressed_before(ws: Workspace) -> None:
         for name in ('scores', 'group', 'merge_weight', 'restore_weight'):
             values = torch.ones(layers, 16)
             state[f'{module}.compressor.{name}'] = values
-    torch.save(dict(state_dict=state), ws('bad.pth'))
-    try:
-        ws.test('bad.pth')
-    finally:
-        os.remove(ws('bad.pth'))
-
-
-@contextmanager
-def _file(ws: Workspace, content: bytes, name: str = 'bad.pth') -> Iterator:
-    (ws.root / name).write_bytes(content)
-    try:
-        yield name
-    finally:
-        os.remove(ws(name))
+    with _file(ws, dict(state_dict=state)) as name:
+        ws.test(name)
 
 
 @case('a truncated checkpoint', 'bad.pth', 'truncated', 'download or copy')
@@ -544,11 +548,11 @@ def checkpoint_npz(ws: Workspace) -> None:
 
 @case('a checkpoint without weights', 'holds a list', 'expected a dict')
 def checkpoint_list(ws: Workspace) -> None:
-    torch.save([1, 2], ws('bad.pth'))
-    try:
-        ws.test('bad.pth')
-    finally:
-        os.remove(ws('bad.pth'))
+    with _file(ws, [1, 2]) as name:
+        ws.test(name)
+
+
+FOREIGN = {'conv1.weight': torch.ones(4, 3, 7, 7)}
 
 
 @case(
@@ -557,11 +561,8 @@ def checkpoint_list(ws: Workspace) -> None:
     'convert_checkpoint.py',
 )  # fmt: skip
 def checkpoint_foreign(ws: Workspace) -> None:
-    torch.save({'conv1.weight': torch.ones(4, 3, 7, 7)}, ws('bad.pth'))
-    try:
-        ws.test('bad.pth')
-    finally:
-        os.remove(ws('bad.pth'))
+    with _file(ws, FOREIGN) as name:
+        ws.test(name)
 
 
 @case(
@@ -569,11 +570,8 @@ def checkpoint_foreign(ws: Workspace) -> None:
     'Cannot convert', 'expected',
 )  # fmt: skip
 def convert_foreign(ws: Workspace) -> None:
-    torch.save({'conv1.weight': torch.ones(4, 3, 7, 7)}, ws('bad.pth'))
-    try:
-        convert_checkpoint.main(['timm', ws('bad.pth'), ws('out.pth')])
-    finally:
-        os.remove(ws('bad.pth'))
+    with _file(ws, FOREIGN) as name:
+        convert_checkpoint.main(['timm', ws(name), ws('out.pth')])
 
 
 class Attack:
@@ -613,9 +611,8 @@ def teacher_architecture(ws: Workspace) -> None:
     folder.mkdir()
     try:
         path = dense_checkpoint(cfg, folder)
-        cfg = copy.deepcopy(ws.cfg)
+        cfg = ws.from_compressed()
         cfg.model.teacher = dict(alpha=0.5, tau=20.0, checkpoint=path)
-        cfg.load_from = ws('pm.pth')
         cfg.dump(ws('faulty.py'))
         ws.train(config='faulty.py')
     finally:
@@ -728,35 +725,34 @@ class SpoilHook(Hook):
             )
 
 
+def _train_faulty(ws: Workspace, cfg: Config) -> None:
+    cfg.dump(ws('faulty.py'))
+    try:
+        with stderr_is_the_message():
+            ws.train(config='faulty.py')
+    finally:
+        os.remove(ws('faulty.py'))
+
+
 def _faulty(ws: Workspace, image: int, number: int, **changes) -> None:
     """Train with a signal when an image is loaded."""
-    cfg = copy.deepcopy(ws.cfg)
+    cfg = ws.from_compressed()
     cfg.train_dataloader.dataset.pipeline.insert(
         1, dict(type='FaultAt', image=image, number=int(number))
     )
     cfg.default_hooks.checkpoint.interval = changes.pop('interval', 100)
     cfg.train_dataloader.update(changes)
-    cfg.load_from = ws('pm.pth')
-    cfg.dump(ws('faulty.py'))
-    try:
-        with stderr_is_the_message():
-            ws.train(config='faulty.py')
-    finally:
-        os.remove(ws('faulty.py'))
+    _train_faulty(ws, cfg)
 
 
 def _spoilt(ws: Workspace, kind: str, at: int) -> None:
-    cfg = copy.deepcopy(ws.cfg)
+    cfg = ws.from_compressed()
     cfg.custom_hooks += [dict(type='SpoilHook', kind=kind, at=at)]
-    cfg.load_from = ws('pm.pth')
-    cfg.dump(ws('faulty.py'))
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with stderr_is_the_message():
-            ws.train(config='faulty.py')
+        _train_faulty(ws, cfg)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        os.remove(ws('faulty.py'))
 
 
 FAULTS = dict(table=TABLES[1])

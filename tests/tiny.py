@@ -17,40 +17,49 @@ PREPROCESSOR = dict(
 )
 
 
+def config(compression: dict | None) -> dict:
+    """Of a tiny segmentor that drops much in training."""
+    return dict(
+        type='EncoderDecoder',
+        data_preprocessor=dict(PREPROCESSOR),
+        backbone=dict(
+            type='PMVisionTransformer',
+            img_size=64,
+            embed_dims=24,
+            num_layers=3,
+            num_heads=3,
+            drop_path_rate=0.5,
+            drop_rate=0.2,
+            compression=compression,
+        ),
+        decode_head=dict(
+            type='PMSegmenterMaskTransformerHead',
+            in_channels=24,
+            channels=24,
+            num_classes=5,
+            num_layers=2,
+            num_heads=3,
+            embed_dims=24,
+            dropout_ratio=0.3,
+            loss_decode=dict(type='CrossEntropyLoss'),
+        ),
+    )
+
+
 def build(compression: bool = True, with_cp: bool = False, **options):
     """A tiny segmentor; options are those of its compression."""
-    init_default_scope('mmseg')
-    torch.manual_seed(0)
     if options.get('type') != 'paper':
         options.setdefault('keep', 0.5)
-    model = MODELS.build(
-        dict(
-            type='EncoderDecoder',
-            data_preprocessor=PREPROCESSOR,
-            backbone=dict(
-                type='PMVisionTransformer',
-                img_size=64,
-                embed_dims=24,
-                num_layers=3,
-                num_heads=3,
-                drop_path_rate=0.5,
-                drop_rate=0.2,
-                compression=options if compression else None,
-                with_cp=with_cp,
-            ),
-            decode_head=dict(
-                type='PMSegmenterMaskTransformerHead',
-                in_channels=24,
-                channels=24,
-                num_classes=5,
-                num_layers=2,
-                num_heads=3,
-                embed_dims=24,
-                dropout_ratio=0.3,
-                loss_decode=dict(type='CrossEntropyLoss'),
-            ),
-        )
-    )
+    cfg = config(options if compression else None)
+    cfg['backbone']['with_cp'] = with_cp
+    return build_from(cfg)
+
+
+def build_from(cfg: dict):
+    """A segmentor with its initial weights, the same every time."""
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg)
     model.init_weights()
     return model
 

@@ -42,7 +42,7 @@ SECTIONS = (
     ),
     (
         'mmpretrain: other backbones',
-        'pm_seg.models.backbones.pretrain_variants',
+        'pm_seg.models.backbones.pretrain_vit',
         ('PMDeiT3', 'PMBEiTViT', 'PMViTEVA02'),
     ),
     (

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
-from mmseg.models.backbones import VisionTransformer
-from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
 
-from ..models.backbones import PMVisionTransformer
 from ..models.compressible import CompressibleMixin
-from ..models.layers import (
-    FusedMultiheadAttention,
-    PlainFFN,
-    PMTransformerEncoderLayer,
-)
 from ..models.timm_vit import SUPPORTED as TIMM
+from ..registry import PACKAGES
 from .scoring import evaluating, full_products
 
 #: What :func:`pm_seg.compress_model` takes, for messages.
@@ -37,7 +31,7 @@ def make_backbone_compressible(backbone: nn.Module, compression: dict) -> None:
         ValueError: If it is of another kind, or its outputs differ.
     """
     if isinstance(backbone, CompressibleMixin):
-        backbone.build_compressor(compression, *backbone.geometry)
+        backbone.build_compressor(compression)
         backbone.compressor.to(next(backbone.parameters()))
         return
     kind = type(backbone)
@@ -49,12 +43,7 @@ def make_backbone_compressible(backbone: nn.Module, compression: dict) -> None:
         )
     expected = _outputs(backbone)
     backbone.__class__ = ours
-    if ours is PMVisionTransformer:
-        _adopt_mmseg(backbone, compression)
-    elif hasattr(ours, 'adopt'):
-        backbone.adopt(compression)
-    else:
-        _adopt_mmpretrain(backbone, compression)
+    backbone.adopt(compression)
     backbone.compressor.to(expected)
     with backbone.compressor.disabled():
         error = (_outputs(backbone) - expected).abs().max()
@@ -69,55 +58,13 @@ def make_backbone_compressible(backbone: nn.Module, compression: dict) -> None:
 
 
 def _our_class(kind: type[nn.Module]) -> type[CompressibleMixin] | None:
-    if kind is VisionTransformer:
-        return PMVisionTransformer
-    if not kind.__module__.startswith('mmpretrain.'):
+    """It is registered with the package of the stock one."""
+    package = kind.__module__.split('.')[0]
+    if package not in PACKAGES:
         return None
-    from ..models.backbones import pretrain_variants, pretrain_vit
-
-    return {
-        pretrain_vit.VisionTransformer: pretrain_vit.PMVisionTransformer,
-        pretrain_vit.DistilledVisionTransformer: (
-            pretrain_vit.PMDistilledVisionTransformer
-        ),
-        **pretrain_variants.VARIANTS,
-    }.get(kind)
-
-
-def _adopt_mmseg(vit: nn.Module, compression: dict) -> None:
-    _adopt_layers(vit, TransformerEncoderLayer, PMTransformerEncoderLayer)
-    for layer in vit.layers:
-        layer.attn.__class__ = FusedMultiheadAttention
-        layer.ffn.__class__ = PlainFFN
-    grid = tuple(size // vit.patch_size for size in vit.img_size)
-    vit.build_compressor(compression, grid, int(vit.with_cls_token))
-
-
-def _adopt_mmpretrain(vit: nn.Module, compression: dict) -> None:
-    from ..models.backbones import pretrain_vit
-
-    _adopt_layers(
-        vit,
-        pretrain_vit.TransformerEncoderLayer,
-        pretrain_vit.PMPretrainEncoderLayer,
-    )
-    for layer in vit.layers:
-        layer.with_cp = False
-    grid = tuple(vit.patch_resolution)
-    vit.build_compressor(compression, grid, vit.num_extra_tokens)
-
-
-def _adopt_layers(
-    vit: nn.Module, stock: type[nn.Module], ours: type[nn.Module]
-) -> None:
-    for layer in vit.layers:
-        if type(layer) is not stock:
-            raise ValueError(
-                f'a layer is of type {type(layer).__name__}, expected the '
-                f'{stock.__name__} of {stock.__module__}'
-            )
-        layer.__class__ = ours
-        layer.attn.value_tap = nn.Identity()
+    registry = import_module(f'{package}.registry').MODELS
+    ours = registry.get(f'PM{kind.__name__}')
+    return ours if ours and issubclass(ours, kind) else None
 
 
 @torch.no_grad()

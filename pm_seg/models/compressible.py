@@ -1,25 +1,21 @@
-"""What every compressible module shares: its compressor."""
+"""What compressible modules share."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from ..core import Compressor, Outputs, make_compressor, run_dense
 from ..core.merging import Grid
-from .layers import encoder_shape
+from .layers import HalvedLayer, encoder_shape
 from .loading import StrictLoading
 
 
 def check_patches(size: Sequence[int], patch: Sequence[int]) -> None:
-    """Raise ``ValueError`` unless an image has at least one whole patch.
-
-    Args:
-        size (tuple[int, int]): Height and width of the image.
-        patch (tuple[int, int]): Height and width of a patch.
-    """
+    """Raise ``ValueError`` unless an image (h, w) has a whole patch."""
     if any(n < p for n, p in zip(size, patch)):
         raise ValueError(
             f'an image of {size[0]}x{size[1]} pixels is smaller than a patch '
@@ -31,14 +27,10 @@ def check_patches(size: Sequence[int], patch: Sequence[int]) -> None:
 def check_out_indices(
     out_indices: int | Sequence[int], depth: int
 ) -> list[int]:
-    """Layers by their numbers, of which negative ones count from the end.
-
-    Args:
-        out_indices (int | Sequence[int]): One or several of them.
-        depth (int): Layers there are.
+    """Numbers of layers, of which negative ones count from the end.
 
     Raises:
-        ValueError: If there is no such layer.
+        ValueError: If there is no such layer among ``depth``.
     """
     given = [out_indices] if isinstance(out_indices, int) else out_indices
     chosen = [i + depth if i < 0 else i for i in given]
@@ -50,23 +42,8 @@ def check_out_indices(
     return chosen
 
 
-def check_arguments(owner: object, stock: type, given: Iterable[str]) -> None:
-    """Raise ``ValueError`` unless a stock backbone has all these arguments.
-
-    Args:
-        owner (object): A backbone of ours.
-        stock (type): Whose arguments it takes.
-        given (Iterable[str]): Their names.
-    """
-    unknown = sorted(set(given) - set(inspect.signature(stock).parameters))
-    if unknown:
-        name, package = type(owner).__name__, stock.__module__.split('.')[0]
-        other = {'mmseg': 'mmpretrain', 'mmpretrain': 'mmseg'}[package]
-        raise ValueError(
-            f'{package}.{name} has no argument {", ".join(unknown)}; it takes '
-            f'those of {package}.{stock.__name__}: leave out what belongs to '
-            f"another backbone, or write type='{other}.{name}'"
-        )
+#: Entries that mean another model where they are unexpected.
+BACKBONE_KEYS = ('layers.', 'compressor.', 'patch_embed.', 'pos_embed')
 
 
 class CompressibleMixin(StrictLoading):
@@ -78,7 +55,8 @@ class CompressibleMixin(StrictLoading):
     compressor: Compressor | None
     layers: nn.ModuleList
 
-    own_keys = ('layers.', 'compressor.')
+    #: The native grid, P, and ``EncoderShape.extra_dims``.
+    geometry: tuple[Grid, int, int]
 
     #: Options where a ``compression`` dict is silent.
     default_compression: Mapping[str, object] = {}
@@ -86,20 +64,13 @@ class CompressibleMixin(StrictLoading):
     #: Whether the outputs are of prefix tokens alone.
     reads_prefix = False
 
-    def build_compressor(
-        self,
-        compression: dict | None,
-        grid: Grid,
-        num_prefix: int,
-        extra_dims: int = 0,
-    ) -> None:
+    def build_compressor(self, compression: dict | None) -> None:
         """Create ``self.compressor`` from the user's ``compression`` dict.
 
         Raises:
             ValueError: On an unknown type, an unknown option or a value out
                 of range.
         """
-        self.geometry = (grid, num_prefix, extra_dims)
         self.compressor = None
         if compression is not None:
             shape = encoder_shape(self.blocks, *self.geometry)
@@ -141,3 +112,74 @@ class CompressibleMixin(StrictLoading):
             for key, value in self.state_dict(prefix=prefix).items():
                 if key.startswith(start):
                     state_dict[key] = value
+
+
+class StockBackbone(CompressibleMixin):
+    """For backbones of mmseg and mmpretrain: the stock class builds one, and
+    its layers become ours.
+
+    Args:
+        *args, **kwargs: Those of the stock class.
+        out_indices (int | Sequence[int]): Layers whose outputs are returned,
+            negative ones count from the end. Defaults to -1.
+        compression (dict, optional): See :func:`pm_seg.core.make_compressor`.
+            Defaults to None, the dense model.
+
+    Raises:
+        ValueError: On an argument the stock class has not or refuses.
+    """
+
+    stock: type[nn.Module]
+    layer_class: type[HalvedLayer]
+
+    def __init__(
+        self,
+        *args,
+        out_indices: int | Sequence[int] = -1,
+        compression: dict | None = None,
+        **kwargs,
+    ) -> None:
+        self._check_arguments(kwargs)
+        try:
+            super().__init__(*args, out_indices=0, **kwargs)
+        except AssertionError as error:
+            raise ValueError(f'{type(self).__name__}: {error}') from error
+        self.out_indices = check_out_indices(out_indices, len(self.layers))
+        self.adopt(compression)
+
+    def adopt(self, compression: dict | None) -> None:
+        """Let what the stock class built run compressed."""
+        check_patches(
+            to_2tuple(self.img_size), self.patch_embed.projection.kernel_size
+        )
+        for layer in self.layers:
+            self.layer_class.adopt(layer)
+        self.build_compressor(compression)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)  # returns nothing
+        return self
+
+    def init_weights(self) -> None:
+        """Initialise, or load ``init_cfg=dict(type='Pretrained', ...)``."""
+        if not self.load_pretrained():
+            super().init_weights()
+
+    def _check_arguments(self, given: Mapping[str, object]) -> None:
+        known = {
+            name
+            for base in self.stock.__mro__
+            for name in inspect.signature(base.__init__).parameters
+        }
+        unknown = sorted(set(given) - known)
+        if unknown:
+            name, stock = type(self).__name__, self.stock.__name__
+            package = self.stock.__module__.split('.')[0]
+            remedy = 'leave out what belongs to another backbone'
+            if stock == 'VisionTransformer':  # of both packages
+                other = {'mmseg': 'mmpretrain', 'mmpretrain': 'mmseg'}
+                remedy += f", or write type='{other[package]}.{name}'"
+            raise ValueError(
+                f'{package}.{name} has no argument {", ".join(unknown)}; it '
+                f'takes those of {package}.{stock}: {remedy}'
+            )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
+from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class _Unregistered:
 
 
 def strip_compression(node: object) -> object:
-    """A model config with every ``compression`` set to None."""
+    """A copy of a model config with every ``compression`` set to None."""
     if isinstance(node, dict):
         return {
             key: None if key == 'compression' else strip_compression(value)
@@ -52,7 +53,7 @@ def strip_compression(node: object) -> object:
         }
     if isinstance(node, (list, tuple)):
         return type(node)(strip_compression(value) for value in node)
-    return node
+    return copy.deepcopy(node)
 
 
 class DistillationMixin:
@@ -61,30 +62,36 @@ class DistillationMixin:
     The teacher is no submodule: it is in no checkpoint, optimiser or EMA, and
     a trained student loads anywhere without it. It exists after
     :meth:`load_teacher` only, which ``PruneMergeHook`` calls.
+
+    Args:
+        teacher (dict, optional): ``alpha`` (share of the soft-target loss,
+            default 1), ``tau`` (temperature, default 20), ``checkpoint``
+            (default: what the run starts from) and ``model`` (config,
+            default: this model, uncompressed). None trains without a
+            teacher.
+        **config: Arguments of the stock class.
+
+    Raises:
+        ValueError: On unknown keys or values out of range.
     """
 
-    def init_distillation(self, teacher: dict | None, config: dict) -> None:
-        """Set up without building the teacher.
+    #: The stock class: its package, its name and that of its head.
+    scope: str
+    plain: str
+    head_name: str
 
-        Args:
-            teacher (dict, optional): ``alpha`` (share of the soft-target
-                loss, default 1), ``tau`` (temperature, default 20),
-                ``checkpoint`` (default: what the run starts from) and
-                ``model`` (config, default: this model, uncompressed). None
-                trains without a teacher.
-            config (dict): Config of this model as a plain, undistilled one.
-
-        Raises:
-            ValueError: On unknown keys or values out of range.
-        """
+    def __init__(self, *, teacher: dict | None = None, **config) -> None:
+        # Options that have no part in the teacher's logits are left out.
+        parts = ('backbone', 'neck', self.head_name)
+        same = {part: config[part] for part in parts if part in config}
+        same = strip_compression(same)
+        super().__init__(**config)
         self.supervised_only = teacher is None
         options = dict(teacher or {})
         self.alpha = float(options.pop('alpha', 1.0))
         self.tau = float(options.pop('tau', 20.0))
         self.teacher_checkpoint = options.pop('checkpoint', None)
-        self._teacher_config = options.pop('model', None) or strip_compression(
-            copy.deepcopy(config)
-        )
+        self._teacher_config = options.pop('model', None) or same
         self._teacher: _Unregistered | None = None
         if options:
             raise ValueError(
@@ -100,10 +107,6 @@ class DistillationMixin:
             raise ValueError(
                 f'teacher.tau={self.tau} must be above 0, for example 20'
             )
-
-    def build_teacher(self, config: dict) -> nn.Module:
-        """Build the teacher; implemented by each kind of model."""
-        raise NotImplementedError
 
     def load_teacher(self, default_checkpoint: str | None = None) -> None:
         """Build the teacher and load its weights.
@@ -130,7 +133,10 @@ class DistillationMixin:
             for key, value in saved.get('state_dict', saved).items()
             if '.compressor.' not in key
         }
-        teacher = self.build_teacher(self._teacher_config)
+        with MODELS.switch_scope_and_registry(self.scope) as registry:
+            teacher = registry.build(
+                {'type': self.plain, **self._teacher_config}
+            )
         try:
             missing = teacher.load_state_dict(state, strict=False).missing_keys
         except RuntimeError as error:
@@ -156,23 +162,6 @@ class DistillationMixin:
         """The teacher, None before :meth:`load_teacher`."""
         return self._teacher and self._teacher.module
 
-    @property
-    def distils(self) -> bool:
-        """Whether the loss has a soft-target part now.
-
-        Raises:
-            RuntimeError: If it should have one but there is no teacher.
-        """
-        if self.supervised_only:
-            return False
-        if self._teacher is None:
-            raise RuntimeError(
-                'the teacher is not loaded; add dict(type='
-                "'PruneMergeHook') to custom_hooks, call load_teacher(), or "
-                'set teacher=None'
-            )
-        return True
-
     @contextmanager
     def supervised(self) -> Iterator[None]:
         """Train on labels alone inside the block, as scoring does."""
@@ -182,19 +171,32 @@ class DistillationMixin:
         finally:
             self.supervised_only = previous
 
-    def distillation_losses(
-        self, inputs: Tensor, logits: Tensor, hard: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """``(1 - alpha) * hard losses + alpha * soft-target loss``.
+    def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """``(1 - alpha) * losses from labels + alpha * soft-target loss``.
 
         Args:
             inputs (Tensor): Images, (B, 3, H, W).
-            logits (Tensor): The student's, (B, classes, ...).
-            hard (dict): Losses and metrics from labels; losses have 'loss'
-                in their name.
+            data_samples (list): With labels.
+
+        Raises:
+            RuntimeError: If there should be a teacher and is none.
         """
+        if self.supervised_only:
+            return super().loss(inputs, data_samples)
+        if self.teacher is None:
+            raise RuntimeError(
+                'the teacher is not loaded; add dict(type='
+                "'PruneMergeHook') to custom_hooks, call load_teacher(), or "
+                'set teacher=None'
+            )
+        features = self.extract_feat(inputs)
+        logits = getattr(self, self.head_name)(features)
+        hard: dict[str, Tensor] = {}
+        if self.alpha < 1:
+            hard = self.hard_losses(features, logits, data_samples)
         with torch.no_grad():
-            target = self.logits(self.teacher, inputs)
+            features = self.teacher.extract_feat(inputs)
+            target = getattr(self.teacher, self.head_name)(features)
         if target.shape[1] != logits.shape[1]:
             raise ValueError(
                 f'the teacher has {target.shape[1]} classes, expected the '
@@ -213,11 +215,13 @@ class DistillationMixin:
         losses['loss_distill'] = self.alpha * soft
         return losses
 
-    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Logits (B, classes, ...) of student or teacher."""
+    def hard_losses(
+        self, features: tuple, logits: Tensor, data_samples: list
+    ) -> dict[str, Tensor]:
+        """Losses, with 'loss' in their names, and metrics from labels."""
         raise NotImplementedError
 
     def _apply(self, *args, **kwargs) -> nn.Module:
-        if self._teacher is not None:
-            self._teacher.module._apply(*args, **kwargs)
+        if self.teacher is not None:
+            self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
-
 from ..core import TokenGroups
 
 
@@ -23,9 +21,7 @@ class FeatureMaps(tuple):
     groups: TokenGroups | None
 
     def __new__(
-        cls,
-        maps: Iterable[Tensor | list[Tensor]],
-        groups: TokenGroups | None = None,
+        cls, maps: Iterable, groups: TokenGroups | None = None
     ) -> FeatureMaps:
         features = super().__new__(cls, maps)
         features.groups = groups

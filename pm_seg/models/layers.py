@@ -146,16 +146,8 @@ def mean_heads(
 class FusedMultiheadAttention(MultiheadAttention):
     """mmcv's self-attention on ``F.scaled_dot_product_attention``.
 
-    Arguments, parameters and checkpoint keys are those of the base class;
-    only self-attention without masks or positional terms is supported, which
-    is all a Vision Transformer uses. The values pass through the submodule
-    ``value_tap``, an identity for forward hooks such as
-    :class:`~pm_seg.core.ScoreRecorder`.
+    Without masks or positional terms, which no Vision Transformer uses.
     """
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.value_tap = nn.Identity()
 
     def forward(
         self,
@@ -163,15 +155,7 @@ class FusedMultiheadAttention(MultiheadAttention):
         identity: Tensor,
         log_size: Tensor | None = None,
     ) -> Tensor:
-        """Self-attention plus identity.
-
-        Args:
-            query, identity (Tensor): (B, T, C).
-            log_size (Tensor, optional): See :func:`fused_attention`.
-
-        Returns:
-            Tensor: (B, T, C).
-        """
+        """Self-attention plus identity, see :func:`fused_attention`."""
         attn = self.attn
         out = fused_attention(
             F.linear(query, attn.in_proj_weight, attn.in_proj_bias),
@@ -194,35 +178,71 @@ class PlainFFN(FFN):
     forward = inspect.unwrap(FFN.forward)
 
 
-class PMTransformerEncoderLayer(TransformerEncoderLayer):
-    """mmseg's encoder layer on fused attention.
+def run_layer(layer: Layer, *args: Tensor | None) -> Tensor:
+    """``layer.compute``, with activation checkpointing if it says so.
 
-    Activation checkpointing (``with_cp``) is non-reentrant, so that it also
-    works behind frozen layers.
+    Non-reentrant, so that it also works behind frozen layers.
+    """
+    if layer.with_cp and torch.is_grad_enabled():
+        return cp.checkpoint(layer.compute, *args, use_reentrant=False)
+    return layer.compute(*args)
+
+
+class HalvedLayer:
+    """A layer of mmseg or mmpretrain as :class:`~pm_seg.core.Layer`.
+
+    Mixed into the stock class, which builds it. Attention has a submodule
+    ``value_tap``, an identity for forward hooks on the values, such as
+    :class:`~pm_seg.core.ScoreRecorder`.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        # The base class updates these dicts in place, its own defaults too.
-        kwargs.setdefault('attn_cfg', {})
-        kwargs.setdefault('ffn_cfg', {})
-        super().__init__(*args, **kwargs)
+    with_cp = False
 
-    def build_attn(self, attn_cfg: dict) -> None:
-        self.attn = FusedMultiheadAttention(**attn_cfg)
+    @classmethod
+    def adopt(cls, layer: nn.Module) -> None:
+        """Make a stock layer one of these, in place.
 
-    def build_ffn(self, ffn_cfg: dict) -> None:
-        self.ffn = PlainFFN(**ffn_cfg)
+        Raises:
+            ValueError: If it is of another class.
+        """
+        stock = cls.__bases__[-1]
+        if type(layer) is not stock:
+            raise ValueError(
+                f'a layer is of type {type(layer).__name__}, expected '
+                f'{stock.__name__}; merge adapters into the weights first'
+            )
+        layer.__class__ = cls
+        layer.attn.value_tap = nn.Identity()
+
+    def mean_keys(self, x: Tensor) -> Tensor:
+        qkv, heads = self.attn.qkv, self.attn.num_heads
+        return mean_keys(self.norm1(x), qkv.weight, qkv.bias, heads)
+
+    def forward(
+        self, x: Tensor, log_size: Tensor | None = None, *extra: Tensor
+    ) -> Tensor:
+        return run_layer(self, x, log_size, *extra)
+
+    def compute(self, x: Tensor, *args: Tensor | None) -> Tensor:
+        return self.feed_forward(self.attend(x, *args))
+
+
+class PMTransformerEncoderLayer(HalvedLayer, TransformerEncoderLayer):
+    """mmseg's encoder layer on fused attention."""
+
+    @classmethod
+    def adopt(cls, layer: nn.Module) -> None:
+        super().adopt(layer)
+        layer.attn.__class__ = FusedMultiheadAttention
+        layer.ffn.__class__ = PlainFFN
 
     def attend(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
-        """See :class:`~pm_seg.core.Layer`."""
         return self.attn(self.norm1(x), x, log_size)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """See :class:`~pm_seg.core.Layer`."""
         return self.ffn(self.norm2(x), identity=x)
 
     def mean_keys(self, x: Tensor) -> Tensor:
-        """See :class:`~pm_seg.core.Layer`."""
         attn = self.attn.attn
         return mean_keys(
             self.norm1(x),
@@ -231,23 +251,6 @@ class PMTransformerEncoderLayer(TransformerEncoderLayer):
             attn.num_heads,
         )
 
-    def forward(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
-        """Run the layer, see :class:`~pm_seg.core.Layer`."""
-        return run_halves(self, x, log_size)
-
-
-def run_halves(
-    layer: Layer, x: Tensor, log_size: Tensor | None = None, *extra: Tensor
-) -> Tensor:
-    """Both halves of a layer, with activation checkpointing if it says so."""
-
-    def run(x: Tensor) -> Tensor:
-        return layer.feed_forward(layer.attend(x, log_size, *extra))
-
-    if layer.with_cp and torch.is_grad_enabled():
-        return cp.checkpoint(run, x, use_reentrant=False)
-    return run(x)
-
 
 def encoder_shape(
     layers: Sequence[nn.Module],
@@ -255,15 +258,10 @@ def encoder_shape(
     num_prefix: int,
     extra_dims: int = 0,
 ) -> EncoderShape:
-    """Sizes and costs of a transformer.
+    """Sizes and costs of a transformer of like layers.
 
-    Args:
-        layers (Sequence[nn.Module]): Alike, each with its attention in
-            ``attn``. Every weight matrix counts once per token, attention by
-            its two products.
-        grid (tuple[int, int]): Patch rows and columns.
-        num_prefix (int): P.
-        extra_dims (int): See :class:`~pm_seg.core.EncoderShape`.
+    Each has its attention in ``attn``. Every weight matrix counts once per
+    token, attention by its two products.
     """
     attention = layers[0].attn
     if hasattr(attention, 'embed_dims'):
@@ -284,18 +282,3 @@ def encoder_shape(
 
 def _matrices(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.dim() == 2)
-
-
-def append_layers(
-    layers: nn.ModuleList, num_layers: int, drop_path_rate: float, **kwargs
-) -> None:
-    """Append encoder layers whose drop-path rate grows linearly with depth.
-
-    Args:
-        layers (nn.ModuleList): Appended to.
-        num_layers (int): Number of layers.
-        drop_path_rate (float): Rate of the last layer.
-        **kwargs: Arguments of :class:`PMTransformerEncoderLayer`.
-    """
-    for rate in torch.linspace(0, drop_path_rate, num_layers).tolist():
-        layers.append(PMTransformerEncoderLayer(drop_path_rate=rate, **kwargs))

@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
-_COMPRESSOR = 'compressor.'
+State = dict[str, Tensor]
 
 
 class StrictLoading:
@@ -38,13 +38,7 @@ class StrictLoading:
             cfg['checkpoint'], map_location='cpu'
         )
         state = dict(checkpoint.get('state_dict', checkpoint))
-        prefix = cfg.get('prefix', 'backbone.')
-        if any(key.startswith(prefix) for key in state):
-            state = {
-                key[len(prefix) :]: value
-                for key, value in state.items()
-                if key.startswith(prefix)
-            }
+        state = _below(cfg.get('prefix', 'backbone.'), state) or state
         self._fit_pretrained(state)
         result = self.load_state_dict(state, strict=False)
         if result.unexpected_keys:
@@ -55,85 +49,69 @@ class StrictLoading:
             )
         return True
 
-    def _fit_pretrained(self, state_dict: dict[str, Tensor]) -> None:
+    def _fit_pretrained(self, state_dict: State) -> None:
         """Adapt pretrained weights to this model, in place."""
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
+        self, state_dict: State, prefix: str, *args, **kwargs
     ) -> None:
         self._adapt_state_dict(state_dict, prefix)
-        problems = list(self._state_dict_problems(state_dict, prefix))
+        own, given = self.state_dict(), _below(prefix, state_dict)
+        problems = list(self._problems(own, given))
         if problems:
-            shown = '\n  '.join(problems[:12])
-            more = len(problems) - 12
-            shown += f'\n  ... and {more} more' if more > 0 else ''
+            shown = problems[:12]
+            if len(problems) > 12:
+                shown.append(f'... and {len(problems) - 12} more')
             if any(': missing' in problem for problem in problems):
-                shown += (
-                    '\n(weights of another code base? see tools/'
+                shown.append(
+                    '(weights of another code base? see tools/'
                     'convert_checkpoint.py)'
                 )
+            where = f' ({prefix[:-1]})' if prefix else ''
             raise RuntimeError(
-                f'the checkpoint does not fit {type(self).__name__}'
-                f'{f" ({prefix[:-1]})" if prefix else ""}:\n  {shown}'
+                f'the checkpoint does not fit {type(self).__name__}{where}:'
+                + ''.join(f'\n  {line}' for line in shown)
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _adapt_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str
-    ) -> None:
+    def _adapt_state_dict(self, state_dict: State, prefix: str) -> None:
         """Add or convert entries before the check, in place."""
 
-    def _state_dict_problems(
-        self, state_dict: dict[str, Tensor], prefix: str
-    ) -> Iterator[str]:
-        own = self.state_dict()
-        given = {
-            key[len(prefix) :]: value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-        foreign = self._foreign_compression(own, given)
-        if foreign:
-            yield foreign
+    def _problems(self, own: State, given: State) -> Iterator[str]:
+        known, found = (_below('compressor.', s) for s in (own, given))
+        if found and not known.keys() & found.keys():
+            if known or self.own_keys is None:
+                yield (
+                    'it was compressed in another way, or by pm_seg 0.1: load '
+                    'the dense checkpoint, which runs compressed as it is, or '
+                    'compress that again with tools/compress.py'
+                )
+            else:
+                yield (
+                    'it is a compressed checkpoint and the model is dense; '
+                    'give its config the compression=dict(...) it was made '
+                    'with'
+                )
             own, given = (
-                {k: v for k, v in entries.items() if not _compresses(k)}
-                for entries in (own, given)
+                {k: v for k, v in s.items() if not k.startswith('compressor.')}
+                for s in (own, given)
             )
         for key, value in own.items():
+            expected = f'expected {tuple(value.shape)}'
             if key not in given:
-                yield f'{key}: missing, expected {tuple(value.shape)}'
+                yield f'{key}: missing, {expected}'
             elif given[key].shape != value.shape:
-                yield (
-                    f'{key}: shape {tuple(given[key].shape)}, expected '
-                    f'{tuple(value.shape)}{self._shape_remedy(key)}'
-                )
+                shape = tuple(given[key].shape)
+                remedy = self._shape_remedy(key)
+                yield f'{key}: shape {shape}, {expected}{remedy}'
         for key in given:
             ours = self.own_keys is None or key.startswith(self.own_keys)
             if key not in own and ours:
                 yield f'{key}: unexpected, the model has no such entry'
 
-    def _foreign_compression(
-        self, own: dict[str, Tensor], given: dict[str, Tensor]
-    ) -> str | None:
-        """What is wrong if the checkpoint is compressed in another way."""
-        known = {key for key in own if _compresses(key)}
-        found = {key for key in given if _compresses(key)}
-        if not found or known & found:
-            return None
-        if known or self.own_keys is None:
-            return (
-                'it was compressed in another way, or by pm_seg 0.1: load '
-                'the dense checkpoint, which runs compressed as it is, or '
-                'compress that again with tools/compress.py'
-            )
-        return (
-            'it is a compressed checkpoint and the model is dense; give its '
-            'config the compression=dict(...) it was made with'
-        )
-
     def _shape_remedy(self, key: str) -> str:
         """What helps against another shape, to end a message with."""
-        if _compresses(key):
+        if key.startswith('compressor.'):
             return (
                 '; the compression was made for another grid (img_size) or '
                 'other num_groups'
@@ -141,5 +119,10 @@ class StrictLoading:
         return ''
 
 
-def _compresses(key: str) -> bool:
-    return key.startswith(_COMPRESSOR)
+def _below(prefix: str, state: State) -> State:
+    """Entries whose names begin so, without it."""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
 from .compressible import CompressibleMixin
-from .layers import mean_heads, size_aware_attention
+from .layers import mean_heads, mean_keys, run_layer, size_aware_attention
 
 
 def attention(
@@ -28,15 +27,12 @@ def attention(
 
     Args:
         attn (nn.Module): Whose parameters are used.
-        x (Tensor): Normed tokens, (B, P+T, C).
+        x (Tensor): Normed tokens, (B, P+T, C), as the result.
         log_size (Tensor, optional): See
             :func:`~pm_seg.models.layers.size_aware_attention`.
         rope (Tensor, optional): Sines and cosines of the patch tokens,
             (T, 2D), (heads, T, 2D) or one more dimension for the images.
         tap (Callable, optional): The values (B, heads, T, D) pass through it.
-
-    Returns:
-        Tensor: (B, P+T, C).
     """
     q, k, v = (
         part.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)
@@ -81,9 +77,6 @@ class ValueTap:
 
     timm's modules do not show them. While watched, the attention runs a
     second time, with hooks on the values, (B, heads, T, D), in between.
-
-    Args:
-        attention (nn.Module): See :func:`attention`.
     """
 
     def __init__(self, attention: nn.Module) -> None:
@@ -111,8 +104,7 @@ class TimmLayer:
 
     Args:
         block (nn.Module): ``Block``, ``EvaBlock`` or ``EvaBlockPostNorm``.
-        with_cp (bool): Whether to compute activations again in the backward
-            pass instead of keeping them.
+        with_cp (bool): Whether to checkpoint activations.
     """
 
     def __init__(self, block: nn.Module, with_cp: bool = False) -> None:
@@ -126,15 +118,12 @@ class TimmLayer:
         log_size: Tensor | None = None,
         rope: Tensor | None = None,
     ) -> Tensor:
-        if self.with_cp and torch.is_grad_enabled():
-            return cp.checkpoint(
-                self._run, x, log_size, rope, use_reentrant=False
-            )
-        return self._run(x, log_size, rope)
+        return run_layer(self, x, log_size, rope)
 
-    def _run(
+    def compute(
         self, x: Tensor, log_size: Tensor | None, rope: Tensor | None
     ) -> Tensor:
+        """Both halves, timm's own block where no token has a size."""
         if log_size is not None:
             return self.feed_forward(self.attend(x, log_size, rope))
         return self.block(x) if rope is None else self.block(x, rope=rope)
@@ -145,14 +134,12 @@ class TimmLayer:
         log_size: Tensor | None = None,
         rope: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`~pm_seg.core.Layer`."""
         block = self.block
         out = attention(block.attn, self._normed(x), log_size, rope)
         out = block.norm1(out) if self.post_norm else self._scaled(out, 1)
         return x + block.drop_path1(out)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """See :class:`~pm_seg.core.Layer`."""
         block = self.block
         if self.post_norm:
             out = block.norm2(block.mlp(x))
@@ -161,15 +148,12 @@ class TimmLayer:
         return x + block.drop_path2(out)
 
     def mean_keys(self, x: Tensor) -> Tensor:
-        """See :class:`~pm_seg.core.Layer`."""
-        attn = self.block.attn
-        if attn.qkv is None:
-            weight, bias = attn.k_proj.weight, attn.k_proj.bias
-        else:
-            weight, bias = attn.qkv.weight.chunk(3)[1], attn.qkv.bias
-            bias = bias if bias is None else bias.chunk(3)[1]
-        heads = len(weight) // attn.head_dim
-        return mean_heads(self._normed(x), weight, bias, heads)
+        attn, x = self.block.attn, self._normed(x)
+        if attn.qkv is not None:
+            return mean_keys(x, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+        key = attn.k_proj
+        heads = len(key.weight) // attn.head_dim
+        return mean_heads(x, key.weight, key.bias, heads)
 
     def _normed(self, x: Tensor) -> Tensor:
         return x if self.post_norm else self.block.norm1(x)
@@ -186,7 +170,7 @@ class TimmLayer:
 class TimmLayers(CompressibleMixin):
     """For modules with the ``blocks`` of a timm model."""
 
-    #: Whether layers compute activations again in the backward pass.
+    #: Whether layers checkpoint activations.
     with_cp = False
 
     @property
@@ -196,5 +180,4 @@ class TimmLayers(CompressibleMixin):
 
     @property
     def score_taps(self) -> list[ValueTap]:
-        """See :class:`ValueTap`."""
         return [ValueTap(block.attn) for block in self.blocks]

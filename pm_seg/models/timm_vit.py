@@ -45,7 +45,8 @@ class CompressedBlocks(TimmLayers, nn.Module):
         self.depth = len(model.blocks)
         for index, block in enumerate(model.blocks):
             self.add_module(str(index), block)
-        self.build_compressor(compression, **geometry(model))
+        self.geometry = geometry(model)
+        self.build_compressor(compression)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -160,11 +161,7 @@ def _blank(kind: type) -> nn.Module:
 def embed(
     model: nn.Module, images: Tensor
 ) -> tuple[Tensor, Grid, Tensor | None]:
-    """What the blocks of a timm model get.
-
-    Args:
-        model (nn.Module): ``VisionTransformer`` or ``Eva``.
-        images (Tensor): (B, 3, H, W).
+    """What the blocks of a timm model get for images (B, 3, H, W).
 
     Returns:
         tuple: Tokens (B, P+N, C), the grid (h, w), and the rotary position
@@ -178,16 +175,13 @@ def embed(
     return model.norm_pre(x), grid, rope
 
 
-def geometry(model: nn.Module) -> dict[str, Any]:
-    """Arguments of ``build_compressor`` for a timm model."""
-    grid, rope = tuple(model.patch_embed.grid_size), None
+def geometry(model: nn.Module) -> tuple[Grid, int, int]:
+    """``CompressibleMixin.geometry`` of a timm model."""
+    grid, extra_dims = tuple(model.patch_embed.grid_size), 0
     if getattr(model, 'rope', None) is not None:
         rope = model.rope.get_embed(shape=grid)
-    return dict(
-        grid=grid,
-        num_prefix=model.num_prefix_tokens,
-        extra_dims=0 if rope is None else rope.numel() // rope.shape[-2],
-    )
+        extra_dims = rope.numel() // rope.shape[-2]
+    return grid, model.num_prefix_tokens, extra_dims
 
 
 def find_timm_vit(model: nn.Module) -> nn.Module | None:
@@ -233,28 +227,26 @@ def compress_timm_vit(model: nn.Module, compression: dict) -> None:
 
 def check_timm_vit(model: nn.Module) -> None:
     """Raise ``ValueError`` if something stands against compressing it."""
-    problem = _problem(model)
-    if problem:
-        raise ValueError(f'{type(model).__name__}: {problem}')
-
-
-def _problem(model: nn.Module) -> str | None:
     from timm.layers import Attention, AttentionRope
     from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
     from timm.models.vision_transformer import Block
 
+    name = type(model).__name__
     if isinstance(model.blocks, CompressedBlocks):
-        return 'is compressible already; start from the timm model'
+        raise ValueError(
+            f'{name} is compressible already; start from the timm model'
+        )
+    blocks = Block, EvaBlock, EvaBlockPostNorm
+    attentions = Attention, EvaAttention, AttentionRope
     for block in model.blocks:
         attn = getattr(block, 'attn', None)
-        if type(block) not in (Block, EvaBlock, EvaBlockPostNorm) or type(
-            attn
-        ) not in (Attention, EvaAttention, AttentionRope):
-            return (
-                "needs timm's Block with its Attention, or EvaBlock, got "
-                f'{type(block).__name__} with {type(attn).__name__}; choose '
-                'a model of plain sequential blocks'
+        if type(block) not in blocks or type(attn) not in attentions:
+            raise ValueError(
+                f"{name}: needs timm's Block with its Attention, or EvaBlock, "
+                f'got {type(block).__name__} with {type(attn).__name__}; '
+                'choose a model of plain sequential blocks'
             )
     if getattr(getattr(model, 'patch_drop', None), 'prob', 0):
-        return 'patch_drop_rate takes tokens off the grid; set it to 0'
-    return None
+        raise ValueError(
+            f'{name}: patch_drop_rate takes tokens off the grid; set it to 0'
+        )

@@ -197,7 +197,7 @@ def test_groups_of_identical_tokens_are_the_dense_result(kind: str) -> None:
     rope = rope.clone()
     rope[..., 1::2, :] = rope[..., ::2, :]
     layers = [TimmLayer(block) for block in model.blocks]
-    shape = encoder_shape(model.blocks, **geometry(model))
+    shape = encoder_shape(model.blocks, *geometry(model))
     compressor = make_compressor({}, shape)
     compressor.tokens = lambda grid: [64, 32, 32]
     with compressor.disabled():

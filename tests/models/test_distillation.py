@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny
 import torch
 from mmengine.model import ExponentialMovingAverage
-from mmengine.registry import init_default_scope
-from mmengine.structures import PixelData
-from mmseg.registry import MODELS
-from mmseg.structures import SegDataSample
 
 from pm_seg.engine.calibration import fit_importance
 from pm_seg.models.distillation import soft_target_loss, strip_compression
@@ -20,52 +17,17 @@ from pm_seg.utils.checkpoints import read_checkpoint
 def segmentor(
     compressed: bool = True, kind: str = 'DistilledEncoderDecoder', **options
 ):
-    init_default_scope('mmseg')
-    torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            type=kind,
-            data_preprocessor=dict(
-                type='SegDataPreProcessor', size=(64, 64), seg_pad_val=255
-            ),
-            backbone=dict(
-                type='PMVisionTransformer',
-                img_size=64,
-                embed_dims=24,
-                num_layers=2,
-                num_heads=3,
-                compression=dict(keep=0.6, first=0) if compressed else None,
-            ),
-            decode_head=dict(
-                type='PMSegmenterMaskTransformerHead',
-                in_channels=24,
-                channels=24,
-                num_classes=5,
-                num_layers=1,
-                num_heads=3,
-                embed_dims=24,
-                drop_path_rate=0.0,
-                dropout_ratio=0.0,
-                loss_decode=dict(type='CrossEntropyLoss'),
-            ),
-            **options,
-        )
+    cfg = tiny.config(dict(keep=0.6, first=0) if compressed else None)
+    cfg.update(type=kind, **options)
+    cfg['backbone'].update(num_layers=2, drop_path_rate=0.0, drop_rate=0.0)
+    cfg['decode_head'].update(
+        num_layers=1, drop_path_rate=0.0, dropout_ratio=0.0
     )
-    model.init_weights()
-    return model
+    return tiny.build_from(cfg)
 
 
-def batch(model, count: int = 2) -> dict:
-    data = dict(
-        inputs=[torch.randint(0, 255, (3, 64, 64)).byte()] * count,
-        data_samples=[
-            SegDataSample(
-                gt_sem_seg=PixelData(data=torch.randint(0, 5, (1, 64, 64)))
-            )
-            for _ in range(count)
-        ],
-    )
-    return model.data_preprocessor(data, training=True)
+def batch(model) -> dict:
+    return model.data_preprocessor(tiny.batch(0, 2), training=True)
 
 
 @pytest.fixture
@@ -173,14 +135,7 @@ def test_compressed_checkpoints_teach_with_their_dense_weights(
 def test_calibration_uses_labels(dense_checkpoint: str) -> None:
     """A student that equals its teacher would have no gradient at all."""
     model = segmentor(teacher=dict())
-    raw = dict(
-        inputs=[torch.randint(0, 255, (3, 64, 64)).byte()],
-        data_samples=[
-            SegDataSample(
-                gt_sem_seg=PixelData(data=torch.randint(0, 5, (1, 64, 64)))
-            )
-        ],
-    )
+    raw = tiny.batch(0, 1)
     fit_importance(model, [raw])
     found = model.backbone.compressor.importance.clone()
     assert found.abs().sum(1).min() > 0

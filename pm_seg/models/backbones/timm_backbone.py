@@ -119,17 +119,14 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
                 f'{model_name} has no class token; choose out_type='
                 "'featmap' or another model"
             )
-        self.build_compressor(compression, **geometry(vit))
+        self.build_compressor(compression)
         self.frozen_stages = frozen_stages
         for module in self._frozen():
             module.requires_grad_(False)
 
     def _create(self, **source) -> nn.Module:
         """A timm model without what the outputs do not need."""
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError(f'{error}; pip install timm') from error
+        import timm
 
         name = self._arguments['model_name']
         if not timm.is_model(name):
@@ -161,26 +158,24 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
 
     @property
     def blocks(self) -> nn.Sequential | nn.ModuleList:
-        """timm's blocks."""
         return self.timm_model.blocks
 
     @property
+    def geometry(self) -> tuple[Grid, int, int]:
+        return geometry(self.timm_model)
+
+    @property
     def default_compression(self) -> dict[str, object]:
-        """See :class:`~pm_seg.models.compressible.CompressibleMixin`."""
         return CLASSIFICATION if self.out_type == 'pooled' else {}
 
     @property
     def reads_prefix(self) -> bool:
-        """See :class:`~pm_seg.models.compressible.CompressibleMixin`."""
         return self.out_type == 'pooled' and (
             self.timm_model.global_pool == 'token'
         )
 
     def forward(self, images: Tensor) -> FeatureMaps:
-        """Extract features.
-
-        Args:
-            images (Tensor): (B, 3, H, W), any H and W.
+        """Extract features of images (B, 3, H, W), any H and W.
 
         Returns:
             FeatureMaps: For each of ``out_indices`` a map (B, C, h, w), a

@@ -11,7 +11,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from ...core import run_dense
-from ..layers import append_layers
+from ..layers import PMTransformerEncoderLayer
 from ..loading import StrictLoading
 
 
@@ -35,60 +35,14 @@ class PMSegmenterMaskTransformerHead(
 
     own_keys = None
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_layers: int,
-        num_heads: int,
-        embed_dims: int,
-        mlp_ratio: int = 4,
-        drop_path_rate: float = 0.1,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        num_fcs: int = 2,
-        qkv_bias: bool = True,
-        act_cfg: dict | None = None,
-        norm_cfg: dict | None = None,
-        follow_groups: bool = True,
-        **kwargs,
-    ) -> None:
-        norm_cfg = norm_cfg or dict(type='LN')
-        act_cfg = act_cfg or dict(type='GELU')
-        # The base class builds everything but the layers.
-        super().__init__(
-            in_channels=in_channels,
-            num_layers=0,
-            num_heads=num_heads,
-            embed_dims=embed_dims,
-            norm_cfg=norm_cfg,
-            **kwargs,
-        )
-        append_layers(
-            self.layers,
-            num_layers,
-            drop_path_rate,
-            embed_dims=embed_dims,
-            num_heads=num_heads,
-            feedforward_channels=mlp_ratio * embed_dims,
-            attn_drop_rate=attn_drop_rate,
-            drop_rate=drop_rate,
-            num_fcs=num_fcs,
-            qkv_bias=qkv_bias,
-            act_cfg=act_cfg,
-            norm_cfg=norm_cfg,
-        )
+    def __init__(self, *args, follow_groups: bool = True, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.follow_groups = follow_groups
+        for layer in self.layers:
+            PMTransformerEncoderLayer.adopt(layer)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Predict masks.
-
-        Args:
-            inputs (Sequence[Tensor]): Feature maps of the backbone; the one
-                at ``in_index`` is (B, C, h, w).
-
-        Returns:
-            Tensor: Mask logits, (B, num_classes, h, w).
-        """
+        """Mask logits (B, num_classes, h, w) from maps of the backbone."""
         groups = getattr(inputs, 'groups', None)
         x = self._transform_inputs(inputs)
         batch, _, height, width = x.shape

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.utils import add_prefix
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distillation import DistillationMixin
 
@@ -27,9 +25,10 @@ class DistilledEncoderDecoder(DistillationMixin, EncoderDecoder):
     student loads in a plain ``EncoderDecoder``.
 
     Args:
-        teacher (dict, optional): See
-            :meth:`~pm_seg.models.distillation.DistillationMixin.init_distillation`.
-            Defaults to None, training on labels alone.
+        teacher (dict, optional): ``alpha``, ``tau``, ``checkpoint`` (default:
+            what the run starts from) and ``model`` (config, default: this
+            model, uncompressed). Defaults to None, training on labels alone.
+        **config: Arguments of the base class.
 
     Example:
         >>> model = dict(
@@ -38,43 +37,15 @@ class DistilledEncoderDecoder(DistillationMixin, EncoderDecoder):
         >>> custom_hooks = [dict(type='PruneMergeHook')]
     """
 
-    def __init__(
-        self,
-        backbone: dict,
-        decode_head: dict,
-        *args,
-        teacher: dict | None = None,
-        **kwargs,
-    ) -> None:
-        # Options that have no part in the teacher's logits are left out.
-        config = dict(
-            backbone=copy.deepcopy(backbone),
-            decode_head=copy.deepcopy(decode_head),
-            neck=copy.deepcopy(kwargs.get('neck')),
-        )
-        super().__init__(backbone, decode_head, *args, **kwargs)
-        self.init_distillation(teacher, config)
+    scope, plain, head_name = 'mmseg', 'EncoderDecoder', 'decode_head'
 
-    def build_teacher(self, config: dict) -> nn.Module:
-        with MODELS.switch_scope_and_registry('mmseg') as registry:
-            return registry.build({'type': 'EncoderDecoder', **config})
-
-    def logits(self, model: EncoderDecoder, inputs: Tensor) -> Tensor:
-        """Mask logits (B, classes, h, w) on the head's own grid."""
-        return model.decode_head(model.extract_feat(inputs))
-
-    def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
-        """Losses of one batch, see the class."""
-        if not self.distils:
-            return super().loss(inputs, data_samples)
-        features = self.extract_feat(inputs)
-        logits = self.decode_head(features)
-        hard: dict[str, Tensor] = {}
-        if self.alpha < 1:
-            decode = self.decode_head.loss_by_feat(logits, data_samples)
-            hard.update(add_prefix(decode, 'decode'))
-            if self.with_auxiliary_head:
-                hard.update(
-                    self._auxiliary_head_forward_train(features, data_samples)
-                )
-        return self.distillation_losses(inputs, logits, hard)
+    def hard_losses(
+        self, features: tuple, logits: Tensor, data_samples: list
+    ) -> dict[str, Tensor]:
+        losses = self.decode_head.loss_by_feat(logits, data_samples)
+        losses = add_prefix(losses, 'decode')
+        if self.with_auxiliary_head:
+            losses.update(
+                self._auxiliary_head_forward_train(features, data_samples)
+            )
+        return losses

@@ -195,7 +195,7 @@ def test_train_returns_self() -> None:
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(out_indices=(0, 3)), r'out_indices=\[0, 3\] must lie in 0..2'),
+        (dict(out_indices=(0, 3)), r'out_indices=\(0, 3\) must lie in -3..2'),
         (dict(compression=dict(kep=0.5)), "kep=0.5; did you mean 'keep'"),
         (dict(compression=dict(keep=2)), 'keep=2 is not in'),
     ],
