@@ -217,7 +217,8 @@ class Schedule:
                 pairs = before if self.in_windows(layer) else pairs
                 macs += before * self.found + pairs * self.compared
                 # kept, moved from, moved to, added; restored
-                rows = prefix + before + 2 * merged + prefix + before
+                rows = prefix + before + 2 * merged
+                rows += self.whole * (prefix + before)
                 macs += rows * (dims + shape.extra_dims)
                 before -= merged
             loads.append(LayerLoad(attended, kept, macs))
