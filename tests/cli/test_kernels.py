@@ -35,9 +35,7 @@ def test_kernels_are_counted_part_by_part(
     monkeypatch.setattr(kernels, 'compiled_launches', lambda *args: (3, 10**6))
     rows = kernels.main([str(config), '--keep', '0.6'])
     parts = {row['part']: row for row in rows}
-    assert list(parts) == [
-        'find groups', 'merge', 'sizes, for attention', 'restore',
-    ]  # fmt: skip
+    assert list(parts) == ['find groups', 'merge', 'restore']
     assert parts['restore']['names'] == dict(
         sub=1, mul=1, index_select=1, add=1
     )

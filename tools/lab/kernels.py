@@ -156,10 +156,7 @@ def count_kernels(
     def merged(x: Tensor) -> tuple[Tensor, ...]:
         chain = Chain(x, prefix)
         chain.merge(merge, step.gain.amax())
-        return chain.x, chain.size, chain.steps[0].gain
-
-    def sizes(size: Tensor) -> Tensor:
-        return size.squeeze(2).log()
+        return chain.x, chain.size, chain.log_size, chain.steps[0].gain
 
     def restored(after: Tensor) -> Tensor:
         return merge.restore(x, step.merged, after, step.gain)
@@ -168,7 +165,6 @@ def count_kernels(
         'find groups': (find, x, Counter()),
         # Sizes begin once, the gain is a parameter.
         'merge': (merged, x, Counter(ones=1, amax=1)),
-        'sizes, for attention': (sizes, done.size, Counter()),
         'restore': (restored, after, Counter()),
     }
     rows = []
