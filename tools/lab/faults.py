@@ -275,7 +275,7 @@ FAULTS = (
     ),
     Fault(
         'token_map', 'matrices on another grid are not averaged',
-        'resize(self.merge_matrix * area)', 'resize(self.merge_matrix)',
+        'resize(merge * area)', 'resize(merge)',
         MAPS,
     ),
     Fault(
