@@ -31,7 +31,6 @@ from .merging import Grid
 from .rows import extra_of
 from .structure import (
     PRUNED,
-    THRESHOLDS,
     check_layers,
     check_num_groups,
     check_rates,
@@ -43,16 +42,15 @@ from .structure import (
     make_groups,
     normalise_scores,
 )
-from .token_map import DenseTokenMap, TokenMap, group_means
+from .token_map import DenseTokenMap, TokenMap, group_means, on_grid
 
 
 class StaticCompressor(Compressor):
     """Merges and restores tokens by position around each compressed layer.
 
     There are no groups until scores are given (:meth:`set_scores`) or a
-    compressed checkpoint is loaded; that changes the values of the buffers
-    ``scores`` and ``group``, (L, N) each, never their shapes. On another grid
-    than the native one the matrices are resized.
+    compressed checkpoint is loaded. On another grid than the native one the
+    matrices are resized.
 
     Args:
         shape (EncoderShape): The transformer.
@@ -60,8 +58,7 @@ class StaticCompressor(Compressor):
             work on. Defaults to 0.7.
         prune_rate (float): Share of the patch tokens that bypass them.
             Defaults to 0 (the paper's Segmenter; 0.1 in its classifiers).
-        layers (Sequence[int], optional): Layers to compress. Defaults to
-            all.
+        layers (Sequence[int], optional): Layers to compress. Defaults to all.
         threshold (str): 'layer' or 'global', see
             :func:`~pm_seg.core.structure.count_tokens`. Defaults to 'layer'.
         decay (float): How much less the scores of each further layer count
@@ -70,8 +67,7 @@ class StaticCompressor(Compressor):
             'dense' for full matrices, as in released checkpoints. Defaults
             to 'sparse'.
         num_groups (Sequence[int], optional): Groups of each compressed layer,
-            instead of what ``keep_rate`` gives. Required for 'dense', whose
-            parameter shapes depend on it.
+            instead of what ``keep_rate`` gives. 'dense' needs it, for shapes.
 
     Raises:
         ValueError: On an unknown option or a value out of range.
@@ -92,14 +88,14 @@ class StaticCompressor(Compressor):
     ) -> None:
         super().__init__(shape)
         check_rates(keep_rate, prune_rate)
-        check_option('threshold', threshold, THRESHOLDS)
+        check_option('threshold', threshold, ('layer', 'global'))
         check_option('matrices', matrices, ('sparse', 'dense'))
         self.keep: float | None = None  # see set_keep
         self.keep_rate = keep_rate
         self.prune_rate = prune_rate
         self.layers = check_layers(layers, shape.depth, decay)
-        self.threshold = threshold
         self.decay = decay
+        self._rules = prune_rate, threshold
         self.dense = matrices == 'dense'
         self.num_groups = check_num_groups(
             num_groups, len(self.layers), shape.num_tokens, self.dense
@@ -119,8 +115,6 @@ class StaticCompressor(Compressor):
         else:
             self.merge_weight = nn.Parameter(torch.zeros(per_token))
             self.restore_weight = nn.Parameter(torch.zeros(per_token))
-
-    # ---------------------------------------------------------------- state
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -162,8 +156,7 @@ class StaticCompressor(Compressor):
                 layers that are not compressed are ignored.
 
         Raises:
-            ValueError: On another shape, NaN, inf, a layer of zeros, or if a
-                layer would keep no token.
+            ValueError: On another shape, or if a layer would keep no token.
         """
         self.store(scores)
         self.build()
@@ -179,16 +172,14 @@ class StaticCompressor(Compressor):
     def build(self, keep: float | None = None) -> None:
         """Derive structure and initial weights from the stored scores.
 
-        Args:
-            keep (float, optional): See :meth:`set_keep`. Defaults to what was
-                set there, if anything was; else ``keep_rate`` decides.
+        ``keep`` is that of :meth:`set_keep` if None.
         """
         scores = self.scores[self.layers].cpu()
         check_scores(scores, self.layers)
         scores = normalise_scores(scores, self.decay, self.layers)
-        keep = self.keep if keep is None else keep
-        rate = self.keep_rate if keep is None else self._rate(scores, keep)
-        centres, live = self._count_tokens(scores, rate)
+        keep = keep or self.keep
+        rate = self._rate(scores, keep) if keep else self.keep_rate
+        centres, live = count_tokens(scores, rate, *self._rules)
         centres = self.num_groups or centres
         if 0 in centres:
             raise ValueError(
@@ -197,10 +188,9 @@ class StaticCompressor(Compressor):
                 'below the global threshold; keep more, leave it out of '
                 "layers or use threshold='layer'"
             )
-        group = torch.zeros(self.group.shape, dtype=torch.int64, device='cpu')
-        group[self.layers] = make_groups(
-            scores, centres, live, self.shape.grid
-        )
+        rows = make_groups(scores, centres, live, self.shape.grid)
+        group = torch.zeros_like(self.group, device='cpu')
+        group[self.layers] = rows
         self.set_groups(group)
         self.keep_rate = rate
 
@@ -212,7 +202,7 @@ class StaticCompressor(Compressor):
         rates = [min((count + 0.5) / tokens, most) for count in counts]
 
         def cost(rate: float) -> float:
-            centres, _ = self._count_tokens(scores, rate)
+            centres, _ = count_tokens(scores, rate, *self._rules)
             groups = dict.fromkeys(range(self.shape.depth), tokens)
             groups.update(zip(self.layers, centres))
             macs = sum(self._macs(*layer) for layer in groups.items())
@@ -227,27 +217,19 @@ class StaticCompressor(Compressor):
             )
         return rates[found - 1]
 
-    def _count_tokens(
-        self, scores: Tensor, rate: float
-    ) -> tuple[list[int], list[int]]:
-        return count_tokens(scores, rate, self.prune_rate, self.threshold)
-
     def set_keep(self, keep: float) -> None:
-        """Make the layers cost this share of the dense layers' MACs.
+        """Make the layers cost this share of the dense layers' MACs, at most.
 
-        By the highest ``keep_rate`` at which they do not cost more: found now
-        if there are scores, else as soon as there are.
+        ``keep_rate`` is found now if there are scores, else when there are.
 
         Raises:
-            ValueError: If it is not in (0, 1], out of reach, or the groups
-                are fixed by ``num_groups``.
+            ValueError: If it is out of reach, or ``num_groups`` fixes it.
         """
         check_share('keep', keep)
         if self.num_groups:
             raise ValueError(
                 f'keep={keep} cannot be set: num_groups={self.num_groups} '
-                'fixes what the layers cost; leave num_groups out, and '
-                "matrices='dense' with it"
+                "fixes the cost; leave it and matrices='dense' out"
             )
         if self.has_scores:
             self.build(keep)
@@ -263,8 +245,7 @@ class StaticCompressor(Compressor):
                 layers that are not compressed are ignored.
 
         Raises:
-            ValueError: On another shape, gaps in the numbers, or a number of
-                groups that contradicts ``num_groups``.
+            ValueError: On another shape, or other numbers than these.
         """
         check_shape('group', group, self.shape)
         self._counts = count_groups(group, self.layers, self.num_groups)
@@ -274,16 +255,13 @@ class StaticCompressor(Compressor):
         scores[(scores <= 0).all(1)] = 1.0  # without any, all count alike
         scores = normalise_scores(scores, self.decay, self.layers)
         for layer, row in zip(self.layers, scores):
-            weights = group_weights(row, group[layer])
-            if not self.dense:
-                self.merge_weight[layer].copy_(weights[0])
-                self.restore_weight[layer].copy_(weights[1])
-                continue
-            count, prefix = self._counts[layer], self.shape.num_prefix
-            start = TokenMap.of_groups(group[layer], count, *weights, prefix)
-            start = start.to_dense()
-            self.merge_matrix[str(layer)].copy_(start.merge_matrix)
-            self.restore_matrix[str(layer)].copy_(start.restore_matrix)
+            start = group_weights(row, group[layer])
+            if self.dense:
+                count, prefix = self._counts[layer], self.shape.num_prefix
+                full = TokenMap.of_groups(group[layer], count, *start, prefix)
+                start = full.merge_matrix, full.restore_matrix
+            for weight, value in zip(self._weights(layer), start):
+                weight.copy_(value)
 
     # ----------------------------------------------------------------- cost
 
@@ -296,9 +274,8 @@ class StaticCompressor(Compressor):
         ]
 
     def _macs(self, layer: int, groups: int) -> float:
-        """Of a layer on so many groups: one for each value that is merged,
-        and that is restored; those of the products with dense matrices.
-        """
+        """Of a layer on so many groups; one for each value that is merged or
+        restored, or those of the products with full matrices."""
         prefix, tokens = self.shape.num_prefix, self.shape.num_tokens
         passes = 0
         if self.dense and layer in self.layers:
@@ -346,8 +323,7 @@ class StaticCompressor(Compressor):
     def token_maps(self, grid: Grid) -> list[TokenMap | DenseTokenMap | None]:
         """The token map of each layer, None where it runs on all tokens.
 
-        Args:
-            grid (tuple[int, int]): Patch rows and columns of the input.
+        ``grid`` is (h, w), patch rows and columns of the input.
         """
         self._check_ready()
         return [self._token_map(i, grid) for i in range(self.shape.depth)]
@@ -358,14 +334,17 @@ class StaticCompressor(Compressor):
         group, count = self.group[layer], self._counts[layer]
         prefix = self.shape.num_prefix
         if self.dense and layer in self.layers:
-            found = DenseTokenMap(
-                self.merge_matrix[str(layer)],
-                self.restore_matrix[str(layer)],
-                F.pad(group != PRUNED, (prefix, 0), value=True),
-            )
+            live = F.pad(group != PRUNED, (prefix, 0), value=True)
+            found = DenseTokenMap(*self._weights(layer), live)
         elif count < self.shape.num_tokens:
-            weights = self.merge_weight[layer], self.restore_weight[layer]
+            weights = self._weights(layer)
             found = TokenMap.of_groups(group, count, *weights, prefix)
         else:
             return None
-        return found.resized(prefix, self.shape.grid, grid)
+        return on_grid(found, prefix, self.shape.grid, grid)
+
+    def _weights(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What merges and what restores, of a compressed layer."""
+        if not self.dense:
+            return self.merge_weight[layer], self.restore_weight[layer]
+        return self.merge_matrix[str(layer)], self.restore_matrix[str(layer)]

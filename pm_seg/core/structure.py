@@ -18,7 +18,6 @@ from .compressor import EncoderShape
 from .merging import Grid
 
 PRUNED = -1
-THRESHOLDS = ('global', 'layer')
 
 
 def check_shape(name: str, given: Tensor, shape: EncoderShape) -> None:

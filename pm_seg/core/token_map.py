@@ -76,7 +76,7 @@ class TokenMap:
         """
         if torch.compiler.is_compiling():
             with full_precision(x):
-                return self._merge_matrix().to(x.dtype) @ x
+                return self.merge_matrix.to(x.dtype) @ x
         rows = x * self.merge_weight.to(x.dtype).unsqueeze(1)
         merged = x.new_zeros(len(x), self.num_merged, x.shape[2])
         return merged.index_add(1, self.place, rows)
@@ -102,19 +102,17 @@ class TokenMap:
 
     def to_dense(self) -> DenseTokenMap:
         """The same map as a pair of matrices."""
-        restore = self._member().mT * self.restore_weight.unsqueeze(1)
-        return DenseTokenMap(self._merge_matrix(), restore, self.live)
+        return DenseTokenMap(self.merge_matrix, self.restore_matrix, self.live)
 
-    def resized(
-        self, num_prefix: int, old: Grid, new: Grid
-    ) -> TokenMap | DenseTokenMap:
-        """See :meth:`DenseTokenMap.resized`; itself if nothing changes."""
-        if old == new:
-            return self
-        return self.to_dense().resized(num_prefix, old, new)
-
-    def _merge_matrix(self) -> Tensor:
+    @property
+    def merge_matrix(self) -> Tensor:
+        """M, (P+K, P+N)."""
         return self._member() * self.merge_weight
+
+    @property
+    def restore_matrix(self) -> Tensor:
+        """R, (P+N, P+K)."""
+        return self._member().mT * self.restore_weight.unsqueeze(1)
 
     def _member(self) -> Tensor:
         """Which token goes to which merged one, bool, (P+K, P+N)."""
@@ -159,30 +157,34 @@ class DenseTokenMap:
         group = self.merge_matrix[num_prefix:, num_prefix:].abs().argmax(0)
         return torch.where(self.live[num_prefix:], group, PRUNED)
 
-    def resized(self, num_prefix: int, old: Grid, new: Grid) -> DenseTokenMap:
-        """The map seen from another grid, with as many groups.
 
-        The merge reads an area average of the new grid, the restore is
-        interpolated, both bilinearly.
-        """
-        if old == new:
-            return self
+def on_grid(
+    token_map: TokenMap | DenseTokenMap, num_prefix: int, old: Grid, new: Grid
+) -> TokenMap | DenseTokenMap:
+    """The map seen from another grid, with as many groups.
 
-        def resize(rows: Tensor) -> Tensor:
-            """(R, P+N) -> (R, P+N')."""
-            first, patches = rows.tensor_split([num_prefix], dim=1)
-            maps = patches.unflatten(1, old).unsqueeze(0)
-            maps = F.interpolate(maps, new, mode='bilinear')
-            return torch.cat([first, maps.squeeze(0).flatten(1)], 1)
+    The merge reads an area average of the new grid, the restore is
+    interpolated, both bilinearly.
+    """
+    if old == new:
+        return token_map
 
-        area = torch.ones_like(self.merge_matrix[:1])
-        area[:, num_prefix:] = old[0] * old[1] / (new[0] * new[1])
-        live = self.live.unsqueeze(0).to(self.merge_matrix.dtype)
-        return DenseTokenMap(
-            resize(self.merge_matrix * area),
-            resize(self.restore_matrix.mT).mT,
-            resize(live)[0] > 0.5,
-        )
+    def resize(rows: Tensor) -> Tensor:
+        """(R, P+N) -> (R, P+N')."""
+        first, patches = rows.tensor_split([num_prefix], dim=1)
+        maps = patches.unflatten(1, old).unsqueeze(0)
+        maps = F.interpolate(maps, new, mode='bilinear')
+        return torch.cat([first, maps.squeeze(0).flatten(1)], 1)
+
+    merge = token_map.merge_matrix
+    area = torch.ones_like(merge[:1])
+    area[:, num_prefix:] = old[0] * old[1] / (new[0] * new[1])
+    live = token_map.live.unsqueeze(0).to(merge.dtype)
+    return DenseTokenMap(
+        resize(merge * area),
+        resize(token_map.restore_matrix.mT).mT,
+        resize(live)[0] > 0.5,
+    )
 
 
 def group_means(

@@ -275,7 +275,7 @@ FAULTS = (
     ),
     Fault(
         'token_map', 'matrices on another grid are not averaged',
-        'resize(self.merge_matrix * area)', 'resize(self.merge_matrix)',
+        'resize(merge * area)', 'resize(merge)',
         MAPS,
     ),
     Fault(
@@ -297,8 +297,7 @@ FAULTS = (
     ),
     Fault(
         'static', 'damaged groups are loaded',
-        'count_groups(\n                self.group, self.layers, '
-        'self.num_groups\n            )',
+        'count_groups(self.group, layers, self.num_groups)',
         '(self.group.amax(1) + 1).tolist()', STATIC,
     ),
 )
