@@ -181,21 +181,13 @@ def gather_scores(
     """
     recorders: dict[str, ScoreRecorder] = {}
     for name, module in require_compressible(model).items():
-        shape = module.compressor.shape
         if module.compressor.needs_scores:
+            taps, shape = module.score_taps, module.compressor.shape
             recorders[name] = ScoreRecorder(
-                module.score_taps,
-                shape.num_tokens,
-                shape.num_prefix,
-                reduction,
+                taps, shape.num_tokens, shape.num_prefix, reduction
             )
-    watch_gradients(
-        model,
-        batches,
-        num_batches,
-        recorders.values(),
-        progress or no_progress,
-    )
-    for recorder in recorders.values():
+    watchers, progress = recorders.values(), progress or no_progress
+    watch_gradients(model, batches, num_batches, watchers, progress)
+    for recorder in watchers:
         add_up(recorder.total, recorder.weight)
     return {name: recorder.scores() for name, recorder in recorders.items()}

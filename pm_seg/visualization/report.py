@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import platform
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from platform import python_version
 
 import cv2
 import numpy as np
@@ -107,10 +107,9 @@ def _timing(seconds: list[float]) -> tuple[float, float]:
 
 def versions() -> str:
     """Versions of what has a say in the numbers."""
-    stacks = installed_stacks()
-    found = [f'pm_seg {__version__}', f'torch {torch.__version__}']
-    found += [f'{name} {number}' for name, number in stacks.versions.items()]
-    return ', '.join([*found, f'Python {platform.python_version()}'])
+    found = {'pm_seg': __version__, 'torch': torch.__version__}
+    found |= {**installed_stacks().versions, 'Python': python_version()}
+    return ', '.join(f'{name} {number}' for name, number in found.items())
 
 
 def machine() -> str:
