@@ -56,6 +56,21 @@ def shell_environment() -> dict[str, str]:
     return {**os.environ, 'PATH': path, 'PORT': str(port), **_ONE_THREAD}
 
 
+def run_line(
+    line: str, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as it is typed in a folder; it has to succeed."""
+    result = subprocess.run(
+        ['bash', '-c', line],
+        cwd=folder,
+        env=shell_environment() | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f'{line}\n{result.stderr[-3000:]}'
+    return result
+
+
 def main(page: str) -> None:
     """Write a page's files, then run its commands in the page's folder."""
     files = write_files(page, ROOT)

@@ -38,12 +38,6 @@ def make(kind: str, **options) -> torch.nn.Module:
     return MODELS.get(kind)(**copy.deepcopy(arguments))
 
 
-def randomise(model: torch.nn.Module) -> None:
-    """Let no parameter hide behind its initial zeros or ones."""
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-
-
 def build(compression: dict | None = COMPRESSION, kind=PLAIN, **options):
     torch.manual_seed(0)
     backbone = make(f'PM{kind}', compression=compression, **options)
@@ -52,9 +46,3 @@ def build(compression: dict | None = COMPRESSION, kind=PLAIN, **options):
     if compressor is not None and compressor.needs_scores:
         compressor.set_scores(torch.rand_like(compressor.scores) + 0.01)
     return backbone.eval()
-
-
-def tensors(outs: tuple) -> list[torch.Tensor]:
-    return [
-        t for out in outs for t in (out if isinstance(out, tuple) else [out])
-    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import cv2
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from howto import commands, shell_environment, write_files
+from howto import commands, run_line, shell_environment, write_files
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
@@ -110,14 +109,7 @@ def test_fsdp(tmp_path: Path, scenes: Path) -> None:
     assert len(lines) == 2
     printed = ''
     for line in lines:
-        result = subprocess.run(
-            ['bash', '-c', line],
-            cwd=tmp_path,
-            env=shell_environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+        result = run_line(line, tmp_path)
         printed += result.stdout + result.stderr
     assert printed.count('Fine-tuning, compressed: 4/4') == 1
     assert 'System environment' not in printed
@@ -130,16 +122,8 @@ def test_slurm_starts_as_asked(tmp_path: Path) -> None:
     srun = tmp_path / 'srun'
     srun.write_text('#!/bin/sh\nprintf "%s " "$@"\n')
     srun.chmod(0o755)
-    environment = shell_environment()
-    environment['PATH'] = f'{tmp_path}:{environment["PATH"]}'
-    result = subprocess.run(
-        ['bash', '-c', line],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    path = f'{tmp_path}:{shell_environment()["PATH"]}'
+    result = run_line(line, ROOT, PATH=path)
     for part in (
         '-p PARTITION --job-name=JOB_NAME',
         '--gres=gpu:8 --ntasks=16 --ntasks-per-node=8',
@@ -179,14 +163,7 @@ def dinov3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
                 line += ' model.backbone.compression.keep=0.7'
         if 'benchmark' in line:
             line = line.replace('--methods', '--rounds 2 --methods')
-        result = subprocess.run(
-            ['bash', '-c', line],
-            cwd=folder,
-            env=shell_environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, line + result.stderr[-3000:]
+        result = run_line(line, folder)
         tool = re.search(r'tools/(\w+)', line)[1]
         printed[tool] = printed.get(tool, '') + result.stdout + result.stderr
     printed['folder'] = str(folder)

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, dense_checkpoint, small_config
-from howto import commands, shell_environment
+from howto import commands, run_line
 
 TOOLS = 'tests/cli/test_tools.py'
 ADE20K = f'{TOOLS}::test_the_main_ade20k_config_runs_on_scenes'
@@ -95,14 +94,7 @@ def test_commands_as_they_stand(tmp_path: Path, scenes: Path) -> None:
             continue
         line = command.replace('CONFIG', 'config.py')
         line = re.sub(r'(config.py) 8$', r'\1 2', line)
-        result = subprocess.run(
-            ['bash', '-c', ' '.join([line, *extra])],
-            cwd=tmp_path,
-            env=shell_environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, f'{line}\n{result.stderr[-3000:]}'
+        run_line(' '.join([line, *extra]), tmp_path)
     assert len(list((tmp_path / 'pictures').rglob('*.png'))) == 3
     assert (tmp_path / 'PM.onnx').stat().st_size > 1e5
     assert (tmp_path / 'work/iter_2.pth').is_file()

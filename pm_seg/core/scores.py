@@ -46,7 +46,7 @@ class GradientWatcher:
     Args:
         taps (Sequence[nn.Module]): One module for each layer through which
             the values (B, heads, T, D) pass, see
-            :class:`pm_seg.models.layers.FusedMultiheadAttention`.
+            :class:`pm_seg.models.layers.HalvedLayer`.
     """
 
     def __init__(self, taps: Sequence[nn.Module]) -> None:

@@ -24,9 +24,6 @@ def soft_target_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     Args:
         student, teacher (Tensor): Logits, (B, classes, ...).
         tau (float): Temperature.
-
-    Returns:
-        Tensor: Scalar.
     """
     student = F.log_softmax(student.float() / tau, dim=1)
     teacher = F.log_softmax(teacher.float() / tau, dim=1)
@@ -63,16 +60,7 @@ class DistillationMixin:
     a trained student loads anywhere without it. It exists after
     :meth:`load_teacher` only, which ``PruneMergeHook`` calls.
 
-    Args:
-        teacher (dict, optional): ``alpha`` (share of the soft-target loss,
-            default 1), ``tau`` (temperature, default 20), ``checkpoint``
-            (default: what the run starts from) and ``model`` (config,
-            default: this model, uncompressed). None trains without a
-            teacher.
-        **config: Arguments of the stock class.
-
-    Raises:
-        ValueError: On unknown keys or values out of range.
+    See :class:`~pm_seg.models.DistilledEncoderDecoder` for the arguments.
     """
 
     #: The stock class: its package, its name and that of its head.
@@ -111,9 +99,7 @@ class DistillationMixin:
     def load_teacher(self, default_checkpoint: str | None = None) -> None:
         """Build the teacher and load its weights.
 
-        Args:
-            default_checkpoint (str, optional): Used if ``teacher`` names no
-                ``checkpoint``.
+        ``default_checkpoint`` is used if ``teacher`` names none.
 
         Raises:
             RuntimeError: If there is no checkpoint, or it does not fit.
@@ -173,10 +159,6 @@ class DistillationMixin:
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """``(1 - alpha) * losses from labels + alpha * soft-target loss``.
-
-        Args:
-            inputs (Tensor): Images, (B, 3, H, W).
-            data_samples (list): With labels.
 
         Raises:
             RuntimeError: If there should be a teacher and is none.

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
-from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
+from mmcv.cnn.bricks.transformer import FFN
 from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
 
-from ..core import EncoderShape, Layer, LayerCost
+from ..core import EncoderShape, LayerCost
 from ..core.merging import Grid
 
 
@@ -143,31 +143,6 @@ def mean_heads(
     return F.linear(x, key, bias)
 
 
-class FusedMultiheadAttention(MultiheadAttention):
-    """mmcv's self-attention on ``F.scaled_dot_product_attention``.
-
-    Without masks or positional terms, which no Vision Transformer uses.
-    """
-
-    def forward(
-        self,
-        query: Tensor,
-        identity: Tensor,
-        log_size: Tensor | None = None,
-    ) -> Tensor:
-        """Self-attention plus identity, see :func:`fused_attention`."""
-        attn = self.attn
-        out = fused_attention(
-            F.linear(query, attn.in_proj_weight, attn.in_proj_bias),
-            attn.num_heads,
-            self.value_tap,
-            log_size,
-            attn.dropout if self.training else 0.0,
-        )
-        out = attn.out_proj(out)
-        return identity + self.dropout_layer(self.proj_drop(out))
-
-
 class PlainFFN(FFN):
     """mmcv's feed-forward network without a wrapper around ``forward``.
 
@@ -178,24 +153,15 @@ class PlainFFN(FFN):
     forward = inspect.unwrap(FFN.forward)
 
 
-def run_layer(layer: Layer, *args: Tensor | None) -> Tensor:
-    """``layer.compute``, with activation checkpointing if it says so.
-
-    Non-reentrant, so that it also works behind frozen layers.
-    """
-    if layer.with_cp and torch.is_grad_enabled():
-        return cp.checkpoint(layer.compute, *args, use_reentrant=False)
-    return layer.compute(*args)
-
-
 class HalvedLayer:
-    """A layer of mmseg or mmpretrain as :class:`~pm_seg.core.Layer`.
+    """A stock layer as :class:`~pm_seg.core.Layer`.
 
-    Mixed into the stock class, which builds it. Attention has a submodule
-    ``value_tap``, an identity for forward hooks on the values, such as
-    :class:`~pm_seg.core.ScoreRecorder`.
+    Mixed into the class of mmseg or mmpretrain, which builds it. Attention
+    has a submodule ``value_tap``, an identity for forward hooks on the
+    values, such as :class:`~pm_seg.core.ScoreRecorder`.
     """
 
+    #: Whether to compute activations again in the backward pass.
     with_cp = False
 
     @classmethod
@@ -221,9 +187,14 @@ class HalvedLayer:
     def forward(
         self, x: Tensor, log_size: Tensor | None = None, *extra: Tensor
     ) -> Tensor:
-        return run_layer(self, x, log_size, *extra)
+        args = (x, log_size, *extra)
+        if self.with_cp and torch.is_grad_enabled():
+            # Non-reentrant, so that it also works behind frozen layers.
+            return cp.checkpoint(self.compute, *args, use_reentrant=False)
+        return self.compute(*args)
 
     def compute(self, x: Tensor, *args: Tensor | None) -> Tensor:
+        """Both halves."""
         return self.feed_forward(self.attend(x, *args))
 
 
@@ -233,11 +204,19 @@ class PMTransformerEncoderLayer(HalvedLayer, TransformerEncoderLayer):
     @classmethod
     def adopt(cls, layer: nn.Module) -> None:
         super().adopt(layer)
-        layer.attn.__class__ = FusedMultiheadAttention
         layer.ffn.__class__ = PlainFFN
 
     def attend(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
-        return self.attn(self.norm1(x), x, log_size)
+        outer, attn = self.attn, self.attn.attn
+        out = fused_attention(
+            F.linear(self.norm1(x), attn.in_proj_weight, attn.in_proj_bias),
+            attn.num_heads,
+            outer.value_tap,
+            log_size,
+            attn.dropout if self.training else 0.0,
+        )
+        out = outer.proj_drop(attn.out_proj(out))
+        return x + outer.dropout_layer(out)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.ffn(self.norm2(x), identity=x)

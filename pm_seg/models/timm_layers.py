@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compressible import CompressibleMixin
-from .layers import mean_heads, mean_keys, run_layer, size_aware_attention
+from .layers import HalvedLayer, mean_heads, mean_keys, size_aware_attention
 
 
 def attention(
@@ -99,29 +99,18 @@ class ValueTap:
         return self.attention.register_forward_hook(watch, with_kwargs=True)
 
 
-class TimmLayer:
-    """A timm block as :class:`~pm_seg.core.Layer`; parameters stay there.
-
-    Args:
-        block (nn.Module): ``Block``, ``EvaBlock`` or ``EvaBlockPostNorm``.
-        with_cp (bool): Whether to checkpoint activations.
-    """
+class TimmLayer(HalvedLayer):
+    """A ``Block``, ``EvaBlock`` or ``EvaBlockPostNorm`` of a timm model."""
 
     def __init__(self, block: nn.Module, with_cp: bool = False) -> None:
         self.block = block
         self.with_cp = with_cp
         self.post_norm = type(block).__name__ == 'EvaBlockPostNorm'
 
-    def __call__(
-        self,
-        x: Tensor,
-        log_size: Tensor | None = None,
-        rope: Tensor | None = None,
-    ) -> Tensor:
-        return run_layer(self, x, log_size, rope)
+    __call__ = HalvedLayer.forward
 
     def compute(
-        self, x: Tensor, log_size: Tensor | None, rope: Tensor | None
+        self, x: Tensor, log_size: Tensor | None, rope: Tensor | None = None
     ) -> Tensor:
         """Both halves, timm's own block where no token has a size."""
         if log_size is not None:
@@ -170,7 +159,6 @@ class TimmLayer:
 class TimmLayers(CompressibleMixin):
     """For modules with the ``blocks`` of a timm model."""
 
-    #: Whether layers checkpoint activations.
     with_cp = False
 
     @property

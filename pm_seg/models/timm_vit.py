@@ -31,10 +31,6 @@ class CompressedBlocks(TimmLayers, nn.Module):
     Takes the place of ``model.blocks``; the blocks keep their names, so that
     timm's checkpoints load. What would run single blocks gets a
     ``RuntimeError``.
-
-    Args:
-        model (nn.Module): The blocks' model.
-        compression (dict): See :func:`pm_seg.core.make_compressor`.
     """
 
     own_keys = ('compressor.',)
@@ -50,7 +46,6 @@ class CompressedBlocks(TimmLayers, nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """timm's blocks."""
         return list(self.children())[: self.depth]
 
     def __len__(self) -> int:
@@ -209,11 +204,7 @@ def find_timm_vit(model: nn.Module) -> nn.Module | None:
 
 
 def compress_timm_vit(model: nn.Module, compression: dict) -> None:
-    """Let a timm Vision Transformer run compressed, in place.
-
-    Args:
-        model (nn.Module): What :func:`find_timm_vit` finds.
-        compression (dict): See :func:`pm_seg.core.make_compressor`.
+    """Let what :func:`find_timm_vit` finds run compressed, in place.
 
     Raises:
         ValueError: If its parts are of an unknown kind or an option is wrong.

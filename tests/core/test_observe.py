@@ -65,10 +65,3 @@ def test_the_last_run_is_kept() -> None:
         for _ in range(2):
             module.run([torch.sin] * 3, x, GRID)
     assert len(recorder.groups) == 3
-
-
-def test_nothing_is_recorded_where_compression_is_off() -> None:
-    module = static()
-    with module.disabled():
-        recorder = recorded(module)
-    assert recorder.groups == [] and recorder.grid is None

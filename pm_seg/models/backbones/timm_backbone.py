@@ -58,8 +58,7 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
             too, and all of them the last norm as well. Defaults to -1,
             nothing.
         drop_path_rate (float): Of the last layer. Defaults to 0.
-        with_cp (bool): Whether to compute activations again in the backward
-            pass instead of keeping them. Defaults to False.
+        with_cp (bool): Activation checkpointing. Defaults to False.
         model_args (dict, optional): Further arguments of
             ``timm.create_model``.
         compression (dict, optional): See

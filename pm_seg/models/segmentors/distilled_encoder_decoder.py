@@ -25,10 +25,15 @@ class DistilledEncoderDecoder(DistillationMixin, EncoderDecoder):
     student loads in a plain ``EncoderDecoder``.
 
     Args:
-        teacher (dict, optional): ``alpha``, ``tau``, ``checkpoint`` (default:
-            what the run starts from) and ``model`` (config, default: this
-            model, uncompressed). Defaults to None, training on labels alone.
+        teacher (dict, optional): ``alpha`` (share of the soft-target loss,
+            default 1), ``tau`` (temperature, default 20), ``checkpoint``
+            (default: what the run starts from) and ``model`` (config,
+            default: this model, uncompressed). Defaults to None, training on
+            labels alone.
         **config: Arguments of the base class.
+
+    Raises:
+        ValueError: On unknown keys of ``teacher`` or values out of range.
 
     Example:
         >>> model = dict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -19,9 +20,8 @@ from pretrain_vits import (
     SMALL,
     build,
     make,
-    randomise,
-    tensors,
 )
+from stock import assert_like_stock, randomise, tensors
 from toy import KINDS
 
 import pm_seg
@@ -39,40 +39,16 @@ OUTPUTS = [
 ]
 
 
-def assert_like_stock(kind: str, size: tuple[int, int], **options) -> None:
-    """Same keys, initial weights for a seed, frozen parts and results."""
-    models = []
-    for name in (kind, f'PM{kind}'):
-        torch.manual_seed(0)
-        model = make(name, **options)
-        model.init_weights()
-        models.append(model)
-    stock, ours = models
-    stock_state, ours_state = stock.state_dict(), ours.state_dict()
-    assert list(ours_state) == list(stock_state)
-    for key, value in stock_state.items():
-        assert torch.equal(ours_state[key], value), key
-    assert [p.requires_grad for p in ours.parameters()] == [
-        p.requires_grad for p in stock.parameters()
-    ]
-    assert [m.training for m in ours.patch_embed.modules()] == [
-        m.training for m in stock.patch_embed.modules()
-    ]
-    randomise(stock)
-    ours.load_state_dict(stock.state_dict())
-    stock.eval()  # returns nothing there
+def check(kind: str, size: tuple[int, int], **options) -> None:
+    ours = partial(make, f'PM{kind}')
     images = torch.randn(2, 3, *size)
-    with torch.no_grad():
-        expected, actual = stock(images), ours.eval()(images)
-    assert type(actual) is type(expected) and len(actual) == len(expected)
-    for a, b in zip(tensors(actual), tensors(expected), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert_like_stock(partial(make, kind), ours, options, images)
 
 
 @pytest.mark.parametrize(('kind', 'out_type'), OUTPUTS)
 @pytest.mark.parametrize('size', [(64, 96), (97, 211), (128, 128)])
 def test_equals_stock_for_every_output(kind, out_type, size) -> None:
-    assert_like_stock(kind, size, out_type=out_type, out_indices=[0, 1, -1])
+    check(kind, size, out_type=out_type, out_indices=[0, 1, -1])
 
 
 @pytest.mark.parametrize('kind', [PLAIN, DISTILLED])
@@ -102,13 +78,13 @@ def test_equals_stock_for_every_output(kind, out_type, size) -> None:
     ],
 )
 def test_equals_stock_for_other_arguments(kind: str, options: dict) -> None:
-    assert_like_stock(kind, (64, 112), **options)
+    check(kind, (64, 112), **options)
 
 
 @pytest.mark.parametrize('out_type', ['raw', 'featmap', 'avg_featmap'])
 def test_equals_stock_without_cls_token(out_type: str) -> None:
     options = dict(with_cls_token=False, out_type=out_type)
-    assert_like_stock(PLAIN, (96, 96), **options)
+    check(PLAIN, (96, 96), **options)
 
 
 def test_drops_in_by_type_alone() -> None:

@@ -9,16 +9,11 @@ import torch
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.models.backbones import VisionTransformer
 from mmseg.registry import MODELS
+from stock import assert_like_stock
 from toy import KINDS
 from vits import SMALL, build
 
 from pm_seg.models import PMVisionTransformer
-
-
-def tensors(outs) -> list[torch.Tensor]:
-    return [
-        t for out in outs for t in (out if isinstance(out, list) else [out])
-    ]
 
 
 @pytest.mark.parametrize(
@@ -41,29 +36,11 @@ def tensors(outs) -> list[torch.Tensor]:
 )
 @pytest.mark.parametrize('size', [(64, 96), (97, 211), (128, 128)])
 def test_equals_stock_without_compression(options: dict, size) -> None:
-    """Same keys, same initial weights for a seed, same results."""
     arguments = {**SMALL, 'patch_bias': True, **options}
-    torch.manual_seed(0)
-    stock = VisionTransformer(**copy.deepcopy(arguments))
-    stock.init_weights()
-    torch.manual_seed(0)
-    ours = PMVisionTransformer(**copy.deepcopy(arguments))
-    ours.init_weights()
-    ours_state, stock_state = ours.state_dict(), stock.state_dict()
-    assert list(ours_state) == list(stock_state)
-    for key, value in stock_state.items():
-        assert torch.equal(ours_state[key], value), key
-    assert [p.requires_grad for p in ours.parameters()] == [
-        p.requires_grad for p in stock.parameters()
-    ]
-    stock.eval()
-    ours.eval()
     images = torch.randn(2, 3, *size)
-    with torch.no_grad():
-        expected, actual = tensors(stock(images)), tensors(ours(images))
-    assert len(expected) == len(actual)
-    for a, b in zip(actual, expected):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert_like_stock(
+        VisionTransformer, PMVisionTransformer, arguments, images
+    )
 
 
 def test_drops_in_by_type_alone() -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmseg.models.decode_heads import SegmenterMaskTransformerHead
+from stock import assert_like_stock
 
 from pm_seg.core import TokenGroups, match
 from pm_seg.core.merging import Chain
@@ -55,16 +56,12 @@ def grouped(grid: tuple[int, int], merged: int, batch: int = 2):
     ],
 )
 def test_equals_stock(options: dict) -> None:
-    stock = SegmenterMaskTransformerHead(**{**SMALL, **options}).eval()
-    stock.init_weights()
-    ours = build(**options)
-    assert list(ours.state_dict()) == list(stock.state_dict())
-    ours.load_state_dict(stock.state_dict())
-    inputs = [torch.randn(2, 24, 5, 7)]
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ours(inputs), stock(inputs), rtol=1e-5, atol=1e-5
-        )
+    assert_like_stock(
+        SegmenterMaskTransformerHead,
+        PMSegmenterMaskTransformerHead,
+        {**SMALL, **options},
+        [torch.randn(2, 24, 5, 7)],
+    )
 
 
 @torch.no_grad()
@@ -108,7 +105,7 @@ def test_every_token_keeps_what_told_it_apart() -> None:
     alike = inputs.groups.spread(inputs.groups.mean(inputs[0].flatten(2).mT))
     alike = alike.mT.reshape(inputs[0].shape)
     for layer in head.layers:  # attention counts every group once
-        layer.attn.forward = lambda query, identity, log_size=None: identity
+        layer.attend = lambda x, log_size=None: x
     dense = head([alike])
     torch.testing.assert_close(
         head(FeatureMaps([alike], inputs.groups)), dense, rtol=1e-4, atol=1e-4
