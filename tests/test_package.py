@@ -83,7 +83,7 @@ def test_installed_copy_brings_its_configs(site: Path, tmp_path: Path) -> None:
     """From sdist to wheel to another folder than the checkout."""
     script = (
         f'import sys; sys.path.insert(0, {str(site)!r}); import pm_seg; '
-        'from pm_seg.cli.common import resolve_config; '
+        'from pm_seg.cli.config import resolve_config; '
         "print(resolve_config('configs/segmenter_vit-s_pm_ade20k.py'))"
     )
     out = run_tool('-c', script, cwd=tmp_path, fresh=True)

@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from pm_seg.cli import convert_checkpoint
-from pm_seg.cli.common import check_environment
+from pm_seg.cli.config import check_environment
 from pm_seg.utils.checkpoints import TRUST, CheckpointError
 
 

@@ -1,4 +1,18 @@
-"""The whole story in minutes: compress, fine-tune, measure, draw."""
+r"""The whole story in minutes: compress, fine-tune, measure, draw.
+
+Draw a small dataset, train a Segmenter on it to have one, compress it without
+training, fine-tune it briefly, and compare all three in accuracy and speed.
+Shows the commands that do the same. Less than 5 minutes on two CPU cores.
+
+examples:
+  # the whole story
+  python tools/demo.py
+  # only see that everything runs
+  python tools/demo.py --quick
+  # the same story with a model of your own, which is there already
+  python tools/demo.py --config my_segmenter.py \
+      --checkpoint my_segmenter.pth --data data/ade
+"""
 
 from __future__ import annotations
 
@@ -13,20 +27,15 @@ import make_scenes
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import load_checkpoint
 from mmseg.models import EncoderDecoder
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import DATASETS
 from rich.console import Console
 from rich.table import Table
 
 from pm_seg.cli import compress, test, train
-from pm_seg.cli.common import (
-    command,
-    make_parser,
-    quiet_warnings,
-    resolve_config,
-    wrong_usage,
-)
+from pm_seg.cli.arguments import make_parser
+from pm_seg.cli.config import load_model, resolve_config
+from pm_seg.cli.ending import command, wrong_usage
 from pm_seg.utils import (
     count_macs,
     keep_freed_memory,
@@ -40,20 +49,7 @@ console = Console(width=80, highlight=False)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        'demo.py',
-        'Draw a small dataset, train a Segmenter on it to have one, compress '
-        'it without training, fine-tune it briefly, and compare all three in '
-        'accuracy and speed. Shows the commands that do the same. Less than 5 '
-        'minutes on two CPU cores.',
-        ('the whole story', ''),
-        ('only see that everything runs', '--quick'),
-        (
-            'the same story with a model of your own, which is there already',
-            '--config my_segmenter.py --checkpoint my_segmenter.pth --data '
-            'data/ade',
-        ),
-    )
+    parser = make_parser('demo.py', __doc__)
     parser.add_argument(
         '--work-dir',
         metavar='DIR',
@@ -140,8 +136,7 @@ def _load(config: str, checkpoint: Path) -> EncoderDecoder:
     if 'teacher' in cfg.model:
         cfg.model.teacher = None
     init_default_scope('mmseg')
-    model = MODELS.build(cfg.model)
-    saved = load_checkpoint(model, str(checkpoint), map_location='cpu')
+    model, saved = load_model(cfg.model, str(checkpoint))
     model.cfg, model.dataset_meta = cfg, dataset_meta(cfg, saved)
     return model.eval()
 
@@ -207,7 +202,6 @@ def _table(results: dict[str, dict[str, float]]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/demo.py``."""
     args = parse_args(argv)
-    quiet_warnings()
     start = time.monotonic()
     work = Path(args.work_dir)
     dense_dir, small_dir = work / 'dense', work / 'compressed'

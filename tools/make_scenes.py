@@ -4,6 +4,12 @@ A stand-in for the real dataset: streets and rooms with objects where one
 expects them, thin structures (poles, lamps, fences), textures, shadows, noise
 and varied image sizes. Annotation values are ADE20K's (class number 1-150 of
 the scene parsing benchmark, 0 is void), so configs for ADE20K run unchanged.
+
+examples:
+  # 400 to train on and 60 to validate on
+  python tools/make_scenes.py data/scenes
+  # a handful
+  python tools/make_scenes.py data/few --num-train 12 --num-val 4
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pm_seg.cli.parser import command, make_parser
+from pm_seg.cli.arguments import make_parser
+from pm_seg.cli.ending import command
 from pm_seg.utils import ProgressReporter
 
 #: ADE20K numbers of the classes that scenes contain.
@@ -285,13 +292,7 @@ def write_scenes(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        'make_scenes.py',
-        'Draw street and room scenes with the folders and class numbers of '
-        'ADE20K, to try out configs without the real dataset.',
-        ('400 to train on and 60 to validate on', 'data/scenes'),
-        ('a handful', 'data/few --num-train 12 --num-val 4'),
-    )
+    parser = make_parser('make_scenes.py', __doc__)
     parser.add_argument('root', help='folder to write to')
     group = parser.add_argument_group('what to draw')
     for name, default, what in (

@@ -1,1 +1,1 @@
-"""Command line tools; ``tools/*.py`` and ``python -m pm_seg.cli.NAME``."""
+"""Command line tools, started by ``tools/*.py``."""

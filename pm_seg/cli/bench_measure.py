@@ -7,13 +7,12 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..utils import median, time_interleaved
+from ..utils import time_interleaved
 from .export_onnx import Predictor, export
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -45,9 +44,9 @@ def measure(
         device (str): Where to run.
 
     Returns:
-        list[dict]: Median and spread (half of the distance between the
-        quartiles) of the latency in ms, images per second, ratio to the
-        first, and GiB that this model alone needs at its peak, None on a CPU.
+        list[dict]: Among others median and spread (half of the distance
+        between the quartiles) of the latency, and GiB that this model alone
+        needs at its peak, None on a CPU.
     """
     device = torch.device('cpu' if mode == 'onnx' else device)
     dtype = 'fp32' if mode == 'onnx' else dtype
@@ -60,18 +59,14 @@ def measure(
             if mode == 'onnx':
                 return _onnx(model.eval(), images)
             own = copy.deepcopy(model).to(device)
-            if train:
-                return _training(own.train(), images, mode, DTYPES[dtype])
-            own = own.eval().to(DTYPES[dtype])
-            return _inference(own, images.to(DTYPES[dtype]), mode)
+            return _call(own, images, DTYPES[dtype], mode, train)
 
         calls[name], memory[name] = _warmed_up(make, mode, device)
     seconds = time_interleaved(calls, rounds)
-    base = median(seconds[next(iter(models))])
-    rows = []
+    base, rows = None, []
     for name, peak in memory.items():
-        middle = median(seconds[name])
-        low, _, high = statistics.quantiles(seconds[name], n=4)
+        low, middle, high = statistics.quantiles(seconds[name], n=4)
+        base = base or middle
         rows.append(
             dict(
                 method=name,
@@ -104,65 +99,62 @@ def device_name(device: str | torch.device) -> str:
 def _warmed_up(
     make: Callable[[], Call], mode: str, device: torch.device
 ) -> tuple[Call, float | None]:
-    """A call that was made three times, and GiB of its model at the peak.
+    """A call that was made a few times, and GiB of its model at the peak.
 
     What other models hold is not counted. A CUDA graph has its memory from
     its recording on, so that is when it is looked at.
     """
-    if device.type != 'cuda':
-        call = make()
-        for _ in range(3):
-            call()
-        return call, None
-    gc.collect()
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
+    cuda = device.type == 'cuda'
+    if cuda:
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
     call = make()
-    torch.cuda.reset_peak_memory_stats(device)
+    forget = (0,) if mode == 'cudagraph' else (0, 3)
     for turn in range(4):
-        if turn == 3 and mode != 'cudagraph':
+        if cuda and turn in forget:
             torch.cuda.reset_peak_memory_stats(device)
         call()
+    if not cuda:
+        return call, None
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return call, peak / 2**30
 
 
-def _compiled(function: Callable, mode: str) -> Callable:
-    if mode == 'eager':
-        return function
-    options = dict(mode='reduce-overhead') if mode == 'cudagraph' else {}
-    return torch.compile(function, fullgraph=True, dynamic=False, **options)
-
-
-def _inference(model: nn.Module, images: Tensor, mode: str) -> Call:
-    predict = _compiled(lambda x: model(x, mode='tensor'), mode)
-
-    def call() -> None:
-        with torch.inference_mode():
-            predict(images)
-
-    return call
-
-
-def _training(
-    model: nn.Module, images: Tensor, mode: str, dtype: torch.dtype
+def _call(
+    model: nn.Module,
+    images: Tensor,
+    dtype: torch.dtype,
+    mode: str,
+    train: bool,
 ) -> Call:
-    predict = _compiled(lambda x: model(x, mode='tensor'), mode)
-    mixed = nullcontext
-    if dtype != torch.float32:
+    """Prediction in a type, or a training step in mixed precision."""
 
-        def mixed() -> torch.autocast:
-            return torch.autocast(images.device.type, dtype)
+    def predict(images: Tensor) -> Tensor:
+        return model(images, mode='tensor')
 
-    def call() -> None:
-        with mixed():
+    if mode != 'eager':
+        options = dict(mode='reduce-overhead') if mode == 'cudagraph' else {}
+        predict = torch.compile(
+            predict, fullgraph=True, dynamic=False, **options
+        )
+    if not train:
+        model.eval().to(dtype)
+        images = images.to(dtype)
+        predict = torch.inference_mode()(predict)
+        return lambda: predict(images)
+    model.train()
+    mixed = dtype != torch.float32
+
+    def step() -> None:
+        with torch.autocast(images.device.type, dtype, enabled=mixed):
             loss = predict(images).float().square().mean()
         loss.backward()
         model.zero_grad(set_to_none=True)
 
-    return call
+    return step
 
 
 def _onnx(model: nn.Module, images: Tensor) -> Call:

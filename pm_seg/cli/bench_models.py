@@ -6,11 +6,11 @@ import copy
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
+from mmseg.models.backbones import VisionTransformer
 from torch import Tensor, nn
 
 from ..core import Compressor
@@ -38,19 +38,11 @@ def build_models(
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The dense model, and each method at the same cost of the layers.
 
-    All have the same weights: those of ``state`` or random ones. The method
-    that the config names has all of the config's options, and what a
-    compressed checkpoint says; the others have their defaults.
-
-    Args:
-        cfg (Config): With a compression in the backbone.
-        size (tuple[int, int]): Height and width of the images, any. Position
-            embeddings are resized to it.
-        methods (Sequence[str]): Keys of ``METHODS``. Defaults to all.
-        keep (float, optional): Share of the MACs of the layers. Defaults to
-            what the checkpoint was compressed to, else the config's.
-        state (dict, optional): State dict of a dense or compressed
-            checkpoint.
+    All have the same weights: those of ``state``, dense or compressed, or
+    random ones, with position embeddings for images of any ``size``. The
+    method that the config names has all of the config's options, and what a
+    compressed checkpoint says; the others have their defaults. ``keep``
+    defaults to what the checkpoint was compressed to, else the config's.
 
     Returns:
         tuple[dict[str, nn.Module], dict[str, str]]: Models by name, 'dense'
@@ -68,42 +60,40 @@ def build_models(
             '--cfg-options model.backbone.compression.keep=0.5 to a config '
             "with type='PMVisionTransformer'"
         )
-    kind = own.get('type', 'pm')
-    patch = patch_size(cfg)
-    native, grid = patch_grid(cfg, patch), patch_grid(cfg, patch, size)
-    size = grid[0] * patch[0], grid[1] * patch[1]
     if not MMLogger.check_instance_created('pm_seg'):
         # No line for each weight, nor for each time a checkpoint is loaded.
         MMLogger.get_instance('pm_seg', log_level='ERROR')
+    patch, native = patch_size(cfg), image_size(cfg)
+    grid, native_grid = (
+        tuple(-(-side // step) for side, step in zip(sides, patch))
+        for sides in (size, native)
+    )
     torch.manual_seed(0)
-    dense = MODELS.build(_model_config(cfg, size, None))
+    dense = _build_dense(cfg, (grid[0] * patch[0], grid[1] * patch[1]))
     if state is None:
         dense.init_weights()
         state = dense.state_dict()
     weights = {k: v for k, v in state.items() if '.compressor.' not in k}
-    if _POSITIONS in weights:
-        weights[_POSITIONS] = fit_positions(
-            weights[_POSITIONS],
-            dense.backbone.pos_embed.shape[1],
-            native,
-            grid,
-        )
+    if grid != native_grid:
+        _fit_positions(weights, dense.backbone, grid, native_grid)
     dense.load_state_dict(weights)
-    reference = _reference(cfg, size, own, state, weights)
+    # Groups by position are of the native grid, and give those of others.
+    positional = any(key.endswith('.compressor.group') for key in state)
+    reference = _compressed(dense, own, native_grid if positional else grid)
+    reference.load_state_dict({**state, **weights})
     compressor = reference.backbone.compressor
     if keep is not None or not compressor.has_structure:
         _meet(compressor, keep or compressor.keep or 0.5)
     keep = keep or compressor.keep or round(compressor.share, 4)
     models, missing = {DENSE: dense}, {}
     for name in methods:
-        if METHODS[name] == kind:
+        if METHODS[name] == own.get('type', 'pm'):
             models[name] = reference
             continue
-        peer = dict(type=METHODS[name])
+        options = dict(type=METHODS[name])
         if name != 'paper':
-            peer['keep'] = 1.0  # its default may be out of reach
-        model = MODELS.build(_model_config(cfg, size, peer))
-        model.load_state_dict(weights)
+            options['keep'] = 1.0  # the default may be out of reach
+        model = _compressed(dense, options, grid)
         try:
             _meet(model.backbone.compressor, keep)
         except ValueError as error:
@@ -127,79 +117,39 @@ def image_size(cfg: Config) -> tuple[int, int]:
     return tuple(to_2tuple(cfg.model.backbone.get('img_size', 224)))
 
 
-def patch_grid(
-    cfg: Config, patch: tuple[int, int], size: Sequence[int] | None = None
-) -> Grid:
-    """Patch rows and columns, begun ones too; of the config's size if None."""
-    size = to_2tuple(size or image_size(cfg))
-    return -(-size[0] // patch[0]), -(-size[1] // patch[1])
-
-
-def fit_positions(
-    positions: Tensor, length: int, native: Grid, grid: Grid
-) -> Tensor:
-    """Position embeddings of one grid for another, bicubic.
-
-    Args:
-        positions (Tensor): (1, P + tokens, C).
-        length (int): P + h * w, of the other grid.
-        native (tuple[int, int]): Grid they are of; a square one if they are
-            of another number of tokens.
-        grid (tuple[int, int]): h and w.
-
-    Returns:
-        Tensor: (1, P + h * w, C).
-    """
-    prefix = length - grid[0] * grid[1]
-    tokens = positions.shape[1] - prefix
-    if native[0] * native[1] != tokens:
-        native = (round(tokens**0.5),) * 2
-    if native == grid or native[0] * native[1] != tokens:
-        return positions  # loading says what does not fit
-    first, rest = positions.split([prefix, tokens], dim=1)
-    rest = rest.transpose(1, 2).unflatten(2, native)
-    rest = F.interpolate(rest, grid, mode='bicubic', align_corners=False)
-    return torch.cat([first, rest.flatten(2).transpose(1, 2)], 1)
-
-
-def _model_config(
-    cfg: Config, size: tuple[int, int], compression: dict | None
-) -> dict:
-    """For another image size, without teacher and pretrained weights."""
+def _build_dense(cfg: Config, size: tuple[int, int]) -> nn.Module:
+    """For an image size, without teacher and pretrained weights."""
     model = copy.deepcopy(cfg.model)
     model.backbone.img_size = size
-    model.backbone.compression = copy.deepcopy(compression)
-    for source in ('init_cfg', 'pretrained'):
-        model.backbone.pop(source, None)
-    model.pop('pretrained', None)
-    if 'teacher' in model:
-        model.teacher = None
-    return model
+    model.backbone.compression = None
+    for node, source in (
+        (model, 'pretrained'),
+        (model, 'teacher'),
+        (model.backbone, 'pretrained'),
+        (model.backbone, 'init_cfg'),
+    ):
+        node.pop(source, None)
+    return MODELS.build(model)
 
 
-def _reference(
-    cfg: Config,
-    size: tuple[int, int],
-    own: dict,
-    state: State,
-    weights: State,
-) -> nn.Module:
-    """The config's own compression, with what a checkpoint says of it.
+def _fit_positions(
+    weights: State, vit: nn.Module, grid: Grid, native: Grid
+) -> None:
+    """Resize position embeddings of mmseg; others do that when they load."""
+    positions = weights.get(_POSITIONS)
+    if positions is None or positions.shape == vit.pos_embed.shape:
+        return
+    if isinstance(vit, VisionTransformer):
+        weights[_POSITIONS] = vit.resize_pos_embed(
+            positions, grid, native, 'bicubic'
+        )
 
-    Groups by position belong to a grid: such a model keeps its native size
-    and derives those of another one when it runs.
-    """
-    measured = {k: v for k, v in state.items() if '.compressor.' in k}
-    native = image_size(cfg)
-    positional = any(k.endswith('.compressor.group') for k in measured)
-    built = native if positional else size
-    model = MODELS.build(_model_config(cfg, built, own))
-    if built == size:
-        model.load_state_dict({**weights, **measured})
-        return model
-    model.load_state_dict(state)
-    if _POSITIONS in weights:
-        model.backbone.pos_embed = nn.Parameter(weights[_POSITIONS].clone())
+
+def _compressed(dense: nn.Module, options: dict, grid: Grid) -> nn.Module:
+    """A copy with a compression for a grid of patches."""
+    model = copy.deepcopy(dense)
+    _, *rest = model.backbone.geometry
+    model.backbone.build_compressor(options, grid, *rest)
     return model
 
 

@@ -1,4 +1,16 @@
-"""Convert checkpoints of other code bases."""
+r"""Convert a checkpoint of another code base.
+
+Writes a checkpoint and, beside it with the ending .py, the config of the
+model. Code in the input is never run.
+
+examples:
+  # the Segmenter repository
+  python tools/convert_checkpoint.py segmenter seg_small_mask/checkpoint.pth \
+      checkpoints/seg_small.pth
+  # a ViT with timm's names
+  python tools/convert_checkpoint.py timm vit_tiny_patch16_224.npz \
+      checkpoints/vit-tiny_in1k.pth
+"""
 
 from __future__ import annotations
 
@@ -9,27 +21,13 @@ from ..convert import CONVERTERS, read_source, write_converted
 from ..convert.results import NORMALIZATIONS
 from ..convert.sources import pair
 from ..utils.checkpoints import CheckpointError
-from ..utils.quiet import quiet_warnings
-from .common import check_environment, check_output
-from .parser import command, make_parser
+from .arguments import make_parser, output_file
+from .config import check_environment
+from .ending import command
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        'convert_checkpoint.py',
-        'Convert a checkpoint of another code base. Writes a checkpoint and, '
-        'beside it with the ending .py, the config of the model. Code in the '
-        'input is never run.',
-        (
-            'the Segmenter repository',
-            'segmenter seg_small_mask/checkpoint.pth '
-            'checkpoints/seg_small.pth',
-        ),
-        (
-            "a ViT with timm's names",
-            'timm vit_tiny_patch16_224.npz checkpoints/vit-tiny_in1k.pth',
-        ),
-    )
+    parser = make_parser('convert_checkpoint.py', __doc__)
     parser.add_argument(
         'kind',
         choices=CONVERTERS,
@@ -38,14 +36,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'input); pm-vit and pm-segmenter: released Prune-and-Merge models',
     )
     parser.add_argument('input', help='.pth, .npz or .safetensors file')
-    parser.add_argument('output', help='checkpoint to write, *.pth')
+    parser.add_argument(
+        'output', type=output_file, help='checkpoint to write, *.pth'
+    )
     group = parser.add_argument_group('what the input does not say')
     group.add_argument(
         '--num-heads',
         type=int,
-        metavar='N',
-        help='heads of the encoder, if the input does not say; defaults to '
-        '64 channels each',
+        help='heads of the encoder; defaults to 64 channels each',
     )
     group.add_argument(
         '--img-size',
@@ -67,15 +65,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/convert_checkpoint.py``."""
     args = parse_args(argv)
-    quiet_warnings()
     check_environment()
     targets = [Path(args.output), Path(args.output).with_suffix('.py')]
     if targets[0].suffix != '.pth':
         raise SystemExit(
             f'Cannot write {args.output}: expected a name that ends in .pth'
         )
-    for target in targets:
-        check_output(target)
+    output_file(str(targets[1]))
     try:
         state, hints = read_source(
             args.input,
@@ -97,7 +93,3 @@ def main(argv: list[str] | None = None) -> None:
     for note in converted.notes:
         print(f'Note: {note}')
     print(f'Wrote {args.output} and {config}')
-
-
-if __name__ == '__main__':
-    main()

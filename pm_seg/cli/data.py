@@ -9,6 +9,10 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 from mmseg.registry import DATASETS
 
+_CLASSES = (
+    'Put a folder of pictures for each class there; or pictures and the '
+    'annotation file the config names.'
+)
 _DATASET_HELP = {
     'ADE20KDataset': (
         'ADE20K: download http://data.csail.mit.edu/places/ADEchallenge/'
@@ -18,11 +22,6 @@ _DATASET_HELP = {
     'CamVidDataset': (
         'CamVid: put images/{train,val,test} and annotations/'
         '{train,val,test} (class indices 0-10, 255 ignored) in the data root.'
-    ),
-    'ImageNet': (
-        'ImageNet: put train/ and val/, with a folder of pictures for each '
-        'class, in the data root; or pictures and the annotation file the '
-        'config names.'
     ),
     'CityscapesDataset': (
         'Cityscapes: unpack leftImg8bit_trainvaltest.zip and '
@@ -36,12 +35,9 @@ _DATASET_HELP = {
         'tools/dataset_converters/pascal_context.py of mmsegmentation makes '
         'the latter two.'
     ),
-    'CustomDataset': 'Put a folder of pictures for each class there.',
+    'ImageNet': _CLASSES,
+    'CustomDataset': _CLASSES,
 }
-_DATASET_FALLBACK = (
-    'No data at hand? "python tools/make_scenes.py data/scenes" draws scenes '
-    'in ADE20K layout.'
-)
 
 
 def datasets(
@@ -53,9 +49,8 @@ def datasets(
         if isinstance(node, dict):
             if 'data_root' in node:
                 yield node
-            for value in node.values():
-                yield from walk(value)
-        elif isinstance(node, (list, tuple)):
+            node = list(node.values())
+        if isinstance(node, (list, tuple)):
             for value in node:
                 yield from walk(value)
 
@@ -63,18 +58,25 @@ def datasets(
         yield from walk(cfg.get(f'{loader}_dataloader'))
 
 
-def _data_paths(dataset: ConfigDict) -> list[Path]:
-    """Folders and files a dataset reads, as far as its config tells."""
-    root = Path(dataset.data_root or '.')
+def _data_paths(dataset: ConfigDict) -> Iterator[tuple[Path, str]]:
+    """Folders and files a dataset reads, as far as its config tells, and the
+    suffix of the files in them, '' for any.
+    """
+    root, kind = Path(dataset.data_root or '.'), str(dataset.get('type'))
     prefix = dataset.get('data_prefix') or ''
     if isinstance(prefix, dict):
-        paths = list(prefix.values())
-    elif dataset.get('type') in ('ImageNet', 'CustomDataset'):
-        paths = [prefix or dataset.get('split') or '']
+        cls = DATASETS.get(kind)
+        default = cls and inspect.signature(cls).parameters.get('img_suffix')
+        suffix = dataset.get('img_suffix', default and default.default)
+        for name, path in prefix.items():
+            images = name == 'img_path' and isinstance(suffix, str)
+            yield root / path, suffix if images else ''
+    elif kind in ('ImageNet', 'CustomDataset'):
+        yield root / (prefix or dataset.get('split') or ''), ''
     else:
-        return []  # may download itself
-    paths += [dataset.ann_file] if dataset.get('ann_file') else []
-    return [root / path for path in paths]
+        return  # may download itself
+    if dataset.get('ann_file'):
+        yield root / dataset.ann_file, ''
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
@@ -88,10 +90,14 @@ def check_data(cfg: Config, *loaders: str) -> None:
         SystemExit: Naming the missing folder and what to put there.
     """
     for dataset in datasets(cfg, loaders):
-        for path in _data_paths(dataset):
-            if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        for path, suffix in _data_paths(dataset):
+            if path.is_file() or any(path.rglob(f'*{suffix}')):
                 continue
-            state = 'is empty' if path.is_dir() else 'does not exist'
+            state = 'does not exist'
+            if path.is_dir():
+                state = 'is empty'
+                if suffix:
+                    state += f': no file ending in {suffix} (img_suffix)'
             kind = dataset.get('type', 'dataset')
             message = (
                 f'{kind}: {path} {state}.\n'
@@ -100,25 +106,8 @@ def check_data(cfg: Config, *loaders: str) -> None:
                 f'data_root=/path/to/it (now {dataset.data_root or "."}).'
             )
             if cfg.get('default_scope') == 'mmseg':
-                message += f'\n{_DATASET_FALLBACK}'
+                message += (
+                    '\nNo data at hand? "python tools/make_scenes.py '
+                    'data/scenes" draws scenes in ADE20K layout.'
+                )
             raise SystemExit(message)
-        _check_suffix(dataset)
-
-
-def _check_suffix(dataset: ConfigDict) -> None:
-    """Stop if an image folder of mmseg's holds files of another kind only."""
-    prefix = dataset.get('data_prefix') or {}
-    cls = DATASETS.get(str(dataset.get('type')))
-    if not isinstance(prefix, dict) or 'img_path' not in prefix or not cls:
-        return
-    default = inspect.signature(cls).parameters.get('img_suffix')
-    suffix = dataset.get('img_suffix', default and default.default)
-    folder = Path(dataset.data_root or '.') / prefix['img_path']
-    if not isinstance(suffix, str) or not folder.is_dir():
-        return
-    if not any(folder.rglob(f'*{suffix}')):
-        raise SystemExit(
-            f'{dataset.type}: {folder} has no file ending in {suffix}, the '
-            'dataset is empty; put images of that kind there, or set '
-            'img_suffix of the dataset to theirs'
-        )

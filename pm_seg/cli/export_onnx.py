@@ -1,4 +1,17 @@
-"""Export a model to ONNX for one image size, and check it."""
+r"""Export a model to ONNX for one image size, and check it.
+
+From normalised images (B, 3, H, W) to class logits, with fixed B, H and W;
+compared with PyTorch in onnxruntime. Exit code 1 if they differ too much.
+Needs torch >= 2.5 and: pip install onnx onnxscript onnxruntime.
+
+examples:
+  # the config's image size, one image at a time
+  python tools/export_onnx.py configs/segmenter_vit-s_pm_ade20k.py pm.pth \
+      --out pm.onnx
+  # another size, logits of the patch grid
+  python tools/export_onnx.py configs/segmenter_vit-s_pm_ade20k.py pm.pth \
+      --out pm.onnx --size 384 640 --logits patches
+"""
 
 from __future__ import annotations
 
@@ -10,74 +23,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from ..utils.files import whole_files
-from .common import (
-    add_common_arguments,
-    check_output,
-    command,
-    fetch_checkpoint,
-    load_config,
-    make_parser,
-    quiet_warnings,
-)
+from .arguments import add_config, add_size, make_parser, output_file
+from .config import load_config, load_model
+from .ending import command
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        'export_onnx.py',
-        'Write a model as ONNX, from normalised images (B, 3, H, W) to class '
-        'logits, with fixed B, H and W, and compare it with PyTorch in '
-        'onnxruntime. Exit code 1 if they differ too much. Needs torch '
-        '>= 2.5 and: pip install onnx onnxscript onnxruntime.',
-        (
-            "the config's image size, one image at a time",
-            'configs/segmenter_vit-s_pm_ade20k.py pm.pth --out pm.onnx',
-        ),
-        (
-            'another size, logits of the patch grid',
-            'configs/segmenter_vit-s_pm_ade20k.py pm.pth --out pm.onnx '
-            '--size 384 640 --logits patches',
-        ),
-    )
-    parser.add_argument('config', help='dense or compressed')
+    parser = make_parser('export_onnx.py', __doc__)
+    add_config(parser)
     parser.add_argument('checkpoint', help='that fits the config')
-    parser.add_argument('--out', required=True, help='.onnx file to write')
-    group = parser.add_argument_group('input and output of the model')
-    group.add_argument(
-        '--size',
-        type=int,
-        nargs=2,
-        metavar=('H', 'W'),
-        help="image size; defaults to the backbone's img_size",
+    parser.add_argument(
+        '--out', type=output_file, required=True, help='.onnx file to write'
     )
-    group.add_argument(
-        '--batch-size',
-        type=int,
-        default=1,
-        metavar='N',
-        help='images at a time (default 1)',
+    add_size(parser)
+    parser.add_argument(
+        '--batch-size', type=int, default=1, help='images at once (default 1)'
     )
-    group.add_argument(
+    parser.add_argument(
         '--logits',
         choices=('image', 'patches'),
         default='image',
         help='segmentation logits at the size of the image (default) or of '
         'the patch grid',
     )
-    group = parser.add_argument_group('check')
-    group.add_argument(
+    parser.add_argument(
         '--tolerance',
         type=float,
         default=1e-3,
-        metavar='X',
         help='largest difference of logits to accept (default 1e-3)',
     )
-    add_common_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -160,7 +138,6 @@ def compare(model: nn.Module, images: Tensor, path: Path) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/export_onnx.py``."""
     args = parse_args(argv)
-    quiet_warnings()
     try:
         import onnx
         import onnxruntime  # noqa: F401
@@ -169,28 +146,18 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'{error}; pip install onnx onnxscript onnxruntime')
     check_exporter()
     cfg = load_config(args)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    check_output(args.out)
-    model = MODELS.build(cfg.model)
-    load_checkpoint(
-        model, fetch_checkpoint(args.checkpoint), map_location='cpu'
-    )
+    model, _ = load_model(cfg.model, args.checkpoint)
     size = to_2tuple(args.size or model.backbone.img_size)
     predictor = Predictor(model, args.logits == 'image').eval()
     images = torch.rand(args.batch_size, 3, *size) * 2 - 1
-    path = Path(args.out)
-    export(predictor, images, path)
-    worst = compare(predictor, images, path)
-    operators = {node.op_type for node in onnx.load(path).graph.node}
+    export(predictor, images, args.out)
+    worst = compare(predictor, images, args.out)
+    operators = {node.op_type for node in onnx.load(args.out).graph.node}
     print(
-        f'Wrote {path}: {tuple(images.shape)} -> logits, '
+        f'Wrote {args.out}: {tuple(images.shape)} -> logits, '
         f'{len(operators)} kinds of operators, '
-        f'{path.stat().st_size / 2**20:.1f} MiB; onnxruntime differs from '
+        f'{args.out.stat().st_size / 2**20:.1f} MiB; onnxruntime differs from '
         f'PyTorch by at most {worst:.1e}'
     )
     if worst > args.tolerance:
         sys.exit(f'That is more than --tolerance {args.tolerance}')
-
-
-if __name__ == '__main__':
-    main()

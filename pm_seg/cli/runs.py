@@ -2,54 +2,58 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 
+from ..core.presets import nearest
 from ..utils.quiet import is_for_people
+from .config import load_config
 
 
-def _for_people(runner: Runner | FlexibleRunner, logger: MMLogger) -> None:
-    """Say where the log file is, and leave what it alone needs to it."""
-    for handler in logger.handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.addFilter(is_for_people)
-    file = f'{runner.log_dir}/{runner.timestamp}.log'
-    logger.info(f'Config, environment and log: {file}')
+def load_run_config(args: argparse.Namespace) -> Config:
+    """:func:`load_config`, with what runs take.
+
+    The work directory is, in this order, ``--work-dir``, the config's
+    ``work_dir``, or ``work_dirs/CONFIG_NAME``.
+    """
+    os.environ.setdefault('LOCAL_RANK', args.local_rank)
+    cfg = load_config(args)
+    cfg.launcher = args.launcher
+    default = cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    cfg.work_dir = args.work_dir or default
+    return cfg
 
 
-class ToolRunner(Runner):
-    """mmengine's runner, with a console for people.
+def build_runner(cfg: Config) -> Runner | FlexibleRunner:
+    """The runner of a config, with a console for people.
 
     The environment, the config and the order of the hooks go to the log file
     alone, see :data:`pm_seg.utils.quiet.LOG_NOISE`.
     """
-
-    def build_logger(self, *args, **kwargs) -> MMLogger:
-        logger = super().build_logger(*args, **kwargs)
-        _for_people(self, logger)
-        return logger
-
-
-class FlexibleToolRunner(FlexibleRunner):
-    """The same of mmengine's runner for FSDP and other strategies."""
-
-    def _log_env(self) -> None:
-        _for_people(self, self.logger)
-        super()._log_env()
-
-
-def build_runner(cfg: Config) -> Runner | FlexibleRunner:
-    """The runner of a config, its ``runner_type`` or mmengine's usual one."""
     kind = cfg.get('runner_type', 'Runner')
-    tools = dict(Runner=ToolRunner, FlexibleRunner=FlexibleToolRunner)
-    return tools[kind].from_cfg(cfg) if kind in tools else RUNNERS.build(cfg)
+    base = RUNNERS.get(kind)
+    if base is None:
+        known = nearest(kind, RUNNERS.module_dict)
+        raise ValueError(f'runner_type={kind!r} is in no registry; {known}')
+
+    class ToolRunner(base):
+        def _log_env(self, *args) -> None:
+            for handler in self.logger.handlers:
+                if not isinstance(handler, logging.FileHandler):
+                    handler.addFilter(is_for_people)
+            file = f'{self.log_dir}/{self.timestamp}.log'
+            self.logger.info(f'Config, environment and log: {file}')
+            super()._log_env(*args)
+
+    return ToolRunner.from_cfg(cfg)
 
 
 def join_cpu_processes(cfg: Config) -> None:
@@ -88,11 +92,7 @@ def is_first_process() -> bool:
     return not any(int(os.environ.get(name, 0)) for name in names)
 
 
-#: What watches over a run of the tools.
-_TRAIN_GUARDS = ('RunGuardHook', 'InterruptHook')
-
-
-def guard_run(cfg: Config, hooks: tuple[str, ...] = _TRAIN_GUARDS) -> None:
+def guard_run(cfg: Config, *hooks: str) -> None:
     """Add hooks that stop and save cleanly; save checkpoints whole.
 
     Batches come in memory that copies fast to a GPU, where there is one.
@@ -121,19 +121,3 @@ def use_amp(cfg: Config) -> None:
         wrapper.setdefault('dtype', 'bfloat16')
     scaled = wrapper.get('dtype') != 'bfloat16'
     wrapper.setdefault('loss_scale', 'dynamic' if scaled else 1.0)
-
-
-def ensure_compression_hook(cfg: Config) -> None:
-    """Add ``PruneMergeHook`` to a config that compresses without it."""
-    hooks = list(cfg.get('custom_hooks') or [])
-    if _compresses(cfg.model) and not any(
-        hook['type'] == 'PruneMergeHook' for hook in hooks
-    ):
-        cfg.custom_hooks = [*hooks, dict(type='PruneMergeHook')]
-
-
-def _compresses(node: object) -> bool:
-    return isinstance(node, dict) and (
-        node.get('compression') is not None
-        or any(map(_compresses, node.values()))
-    )

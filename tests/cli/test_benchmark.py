@@ -1,12 +1,10 @@
-"""The benchmark: equal cost, any size and checkpoint, tables and pictures."""
+"""The benchmark: equal cost, any size and checkpoint, tables."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from helpers import needs_exporter
@@ -15,8 +13,8 @@ from mmengine.registry import init_default_scope
 from rich.console import Console
 
 from pm_seg.cli import bench_measure, benchmark
-from pm_seg.cli.bench_models import METHODS, build_models, fit_positions
-from pm_seg.cli.bench_report import table
+from pm_seg.cli.bench_models import METHODS, build_models
+from pm_seg.cli.benchmark import table
 
 MODEL = """
 custom_imports = dict(imports=['pm_seg'])
@@ -40,14 +38,12 @@ def config(tmp_path: Path) -> Path:
 
 
 def run(config: Path, *options: str) -> list[dict]:
-    folder = config.parent
-    out, plot = folder / 'a' / 'speed.json', folder / 'b' / 'speed.png'
+    out = config.parent / 'a' / 'speed.json'
     rows = benchmark.main(
         [str(config), '--rounds', '3', '--device', 'cpu', '--out', str(out),
-         '--plot', str(plot), *options]
+         *options]
     )  # fmt: skip
     assert json.loads(out.read_text()) == rows
-    assert cv2.imread(str(plot)) is not None
     return rows
 
 
@@ -87,14 +83,10 @@ def test_onnxruntime_is_timed_in_the_same_run(config: Path, capsys) -> None:
     assert 'inference, onnx on the CPU, fp32, batch 2 of 64x96' in text
 
 
-def test_training_steps_are_timed_on_the_images_given(config: Path) -> None:
-    folder = config.parent / 'images'
-    folder.mkdir()
-    cv2.imwrite(str(folder / 'a.png'), np.zeros((40, 50, 3), np.uint8))
+def test_training_steps_are_timed(config: Path) -> None:
     rows = run(
         config, '--train', '--methods', 'ours', '--dtype', 'bf16',
-        '--images', str(folder), '--size', '64', '96',
-        '--batch-size', '1', '3',
+        '--size', '64', '96', '--batch-size', '1', '3',
     )  # fmt: skip
     assert [row['method'] for row in rows] == ['dense', 'ours'] * 2
     assert [row['batch_size'] for row in rows] == [1, 1, 3, 3]
@@ -137,21 +129,6 @@ def test_a_dense_checkpoint_runs_at_the_cost_that_is_asked_for(
     found, _ = models(config, (64, 96), keep=0.7, state=state)
     for name in METHODS:
         assert 0.6 < found[name].backbone.compressor.share <= 0.7
-
-
-def test_positions_are_resized_like_images() -> None:
-    positions = torch.arange(24.0).view(1, 24, 1).repeat(1, 1, 2)
-    positions = torch.cat([torch.full((1, 1, 2), -1.0), positions], 1)
-    larger = fit_positions(positions, 1 + 8 * 12, (4, 6), (8, 12))
-    assert larger.shape == (1, 97, 2) and (larger[:, 0] == -1).all()
-    means = (
-        larger[0, 1:, 0].view(8, 12).unflatten(0, (4, 2)).unflatten(2, (6, 2))
-    )
-    torch.testing.assert_close(
-        means.mean((1, 3)), positions[0, 1:, 0].view(4, 6), rtol=0, atol=0.7
-    )
-    same = fit_positions(positions, 25, (4, 6), (4, 6))
-    assert same is positions
 
 
 def test_a_budget_that_a_method_cannot_reach_leaves_it_out(
@@ -273,7 +250,6 @@ class Done(Exception):  # noqa: N818
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (['--images', '/nonexistent'], 'no images in this folder'),
         (['--cfg-options', 'model.backbone.compression=None'],
          'the config has no compression'),
         (['--keep', '1.5'], 'is not in'),

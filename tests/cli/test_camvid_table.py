@@ -10,7 +10,7 @@ import pytest
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 
-from pm_seg.cli.common import load_config
+from pm_seg.cli.config import load_config
 from pm_seg.cli.train import parse_args
 
 

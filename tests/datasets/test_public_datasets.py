@@ -15,7 +15,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
-from pm_seg.cli.common import check_data
+from pm_seg.cli.data import check_data
 from pm_seg.engine.compression import calibration_loader
 
 #: Classes, crop, stride, image size, and the stock dataset file.

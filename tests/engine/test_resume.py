@@ -181,7 +181,7 @@ def test_latest_intact_checkpoint(tmp_path: Path, capsys) -> None:
 
 def test_resuming_keeps_the_teacher(tmp_path: Path, monkeypatch) -> None:
     """--resume loads its own checkpoint; the teacher stays the dense one."""
-    from pm_seg.cli.common import fix_teacher, prepare_resume
+    from pm_seg.cli.checkpoint import fix_teacher, prepare_resume
 
     monkeypatch.chdir(tmp_path)
     torch.save(dict(weight=torch.ones(1)), 'dense.pth')

@@ -1,4 +1,18 @@
-"""The CamVid comparison: every method at every budget, from one checkpoint."""
+r"""The CamVid comparison: every method at every budget, from one checkpoint.
+
+Compress Segmenters on CamVid with every method, at equal shares of the MACs of
+the layers or of the whole model, fine-tune them alike, test them, and write
+one JSON line for each row and seed. Rows that are in the file already are not
+run again; budgets that a method cannot reach are recorded as such.
+
+examples:
+  # all without training, one seed
+  python tools/lab/camvid_table.py --iters 0 --seeds 0 \
+      --out results/camvid_training_free.jsonl
+  # two rows, 300 iterations each
+  python tools/lab/camvid_table.py --rows 'ours 50%' 'ToMe-style 50%' \
+      --iters 300 --seeds 0
+"""
 
 from __future__ import annotations
 
@@ -10,17 +24,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from rich.console import Console
 from rich.table import Table
 
 from pm_seg.cli import compress, test, train
-from pm_seg.cli.common import (
-    command,
-    load_config,
-    make_parser,
-    quiet_warnings,
-)
+from pm_seg.cli.arguments import make_parser
+from pm_seg.cli.config import load_config
+from pm_seg.cli.ending import command
 from pm_seg.utils import count_macs
 from pm_seg.utils.checkpoints import read_checkpoint
 from pm_seg.version import __version__
@@ -88,22 +99,7 @@ ROWS = _rows()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        'lab/camvid_table.py',
-        'Compress Segmenters on CamVid from one dense checkpoint with every '
-        'method, at equal shares of the MACs of the layers or of the whole '
-        'model, fine-tune them alike, test them, and write one JSON line for '
-        'each row and seed. Rows that are in the file already are not run '
-        'again; budgets that a method cannot reach are recorded as such.',
-        (
-            'all without training, one seed',
-            '--iters 0 --seeds 0 --out results/camvid_training_free.jsonl',
-        ),
-        (
-            'two rows, 300 iterations each',
-            "--rows 'ours 50%' 'ToMe-style 50%' --iters 300 --seeds 0",
-        ),
-    )
+    parser = make_parser('lab/camvid_table.py', __doc__)
     group = parser.add_argument_group('files')
     for name, default, what in (
         ('data', 'data/camvid', 'folder of CamVid'),
@@ -279,7 +275,6 @@ def costs(row: Row, checkpoint: Path) -> dict[str, float]:
             [row.config, '--cfg-options', 'log_level=ERROR', *row.options]
         )
     )
-    init_default_scope('mmseg')
     model = MODELS.build(cfg.model).eval()
     state = read_checkpoint(checkpoint)
     model.load_state_dict(state.get('state_dict', state))
@@ -322,7 +317,6 @@ def table(results: Iterable[dict]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     """Run the rows that are missing and print the table."""
     args = parse_args(argv)
-    quiet_warnings()
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = out.read_text().splitlines() if out.exists() else []

@@ -1,4 +1,20 @@
-"""All that a GPU has to show, in one command that may be stopped."""
+r"""All that a GPU has to show, in one command that may be stopped.
+
+Check that the GPU computes what the CPU does, then measure speed and memory,
+fine-tune on CamVid and CIFAR-10, most important first. Each row is written
+when it is made: the same command goes on with those that are missing. Ends in
+Markdown tables and a picture.
+
+examples:
+  # on a GPU, half an hour
+  python tools/gpu_report.py --data gpu_data --out work_dirs/gpu
+  # prepare the data for a machine without network
+  python tools/gpu_report.py --pack gpu_data --only accuracy --data data \
+      --checkpoint checkpoints/segmenter_vit-t_camvid.pth
+  # rehearse on a CPU
+  python tools/gpu_report.py --tiny --device cpu --only checks speed \
+      --out work_dirs/gpu_tiny
+"""
 
 from __future__ import annotations
 
@@ -20,14 +36,9 @@ import torch
 from gpu_rows import CIFAR_ROWS, TIMM, TOME
 from gpu_tables import PICTURED, plot, report
 
+from pm_seg.cli.arguments import make_parser, output_folder
 from pm_seg.cli.bench_models import METHODS
-from pm_seg.cli.common import (
-    check_output,
-    command,
-    make_parser,
-    quiet_warnings,
-    wrong_usage,
-)
+from pm_seg.cli.ending import command, wrong_usage
 from pm_seg.utils.checkpoints import read_checkpoint
 
 PARTS = ('checks', 'speed', 'accuracy', 'cifar')
@@ -40,26 +51,7 @@ class TimeUpError(BaseException):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        'gpu_report.py',
-        'Check that the GPU computes what the CPU does, then measure speed '
-        'and memory, fine-tune on CamVid and CIFAR-10, most important first. '
-        'Each row is written when it is made: the same command goes on with '
-        'those that are missing. Ends in Markdown tables and a picture.',
-        (
-            'on a GPU, half an hour',
-            '--data gpu_data --out work_dirs/gpu',
-        ),
-        (
-            'prepare the data for a machine without network',
-            '--pack gpu_data --only accuracy --data data --checkpoint '
-            'checkpoints/segmenter_vit-t_camvid.pth',
-        ),
-        (
-            'rehearse on a CPU',
-            '--tiny --device cpu --only checks speed --out work_dirs/gpu_tiny',
-        ),
-    )
+    parser = make_parser('gpu_report.py', __doc__)
     for flag, default, metavar, text in (
         ('minutes', 25.0, 'N', 'stop after so many'),
         (
@@ -323,8 +315,7 @@ def _pack_cifar(source: Path, file: Path, room: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Make the rows that are missing and write tables and picture."""
     args = parse_args(argv)
-    quiet_warnings()
-    check_output(args.pack or args.out, folder=True)
+    output_folder(args.pack or args.out)
     check_data(args)
     if args.pack:
         pack(args)

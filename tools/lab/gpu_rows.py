@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from pm_seg.cli import compress, test, train
 from pm_seg.cli.bench_measure import device_name, measure
 from pm_seg.cli.bench_models import DENSE, METHODS, build_models, image_size
-from pm_seg.cli.common import resolve_config
+from pm_seg.cli.config import resolve_config
 from pm_seg.core import GroupRecorder
 from pm_seg.engine.scoring import full_products
 from pm_seg.utils import count_macs

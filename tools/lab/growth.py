@@ -1,4 +1,15 @@
-"""How time and memory grow with image size, depth and batch; leaks."""
+"""How time and memory grow with image size, depth and batch; leaks.
+
+Measure on one CPU thread how time and memory of scoring, of the paper's groups
+and maps and of inference grow, and fit an exponent to each. Linux only: every
+figure comes from a process of its own, whose peak memory the kernel tells.
+
+examples:
+  # all of it
+  python tools/lab/growth.py --out growth.json --plot growth.png
+  # whether memory stays
+  python tools/lab/growth.py --leak 2000 --plot leak.png
+"""
 
 from __future__ import annotations
 
@@ -22,7 +33,8 @@ from growth_leak import leak, memory
 from rich.console import Console
 from rich.progress import track
 
-from pm_seg.cli.common import command, make_parser, quiet_warnings
+from pm_seg.cli.arguments import make_parser
+from pm_seg.cli.ending import command
 from pm_seg.core import ImportanceFitter, ScoreRecorder
 from pm_seg.models import PMVisionTransformer
 from pm_seg.version import __version__
@@ -44,16 +56,7 @@ Call = Callable[[], object]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        'lab/growth.py',
-        'Measure on one CPU thread how time and memory of scoring, of the '
-        "paper's groups and maps and of inference grow with image size, "
-        'depth and batch, and fit an exponent to each. Linux only: every '
-        'figure comes from a process of its own, whose peak memory the '
-        'kernel tells.',
-        ('all of it', '--out growth.json --plot growth.png'),
-        ('whether memory stays', '--leak 2000 --plot leak.png'),
-    )
+    parser = make_parser('lab/growth.py', __doc__)
     for what, values in (
         ('sizes', SIZES),
         ('depths', DEPTHS),
@@ -305,7 +308,6 @@ def exponents(rows: list[dict]) -> list[dict]:
 def main(argv: list[str] | None = None) -> list[dict] | dict:
     """Measure; returns what ``--out`` holds."""
     args = parse_args(argv)
-    quiet_warnings()
     if not Path('/proc/self/clear_refs').exists():
         sys.exit('growth.py reads memory from /proc and needs Linux')
     torch.set_num_threads(1)

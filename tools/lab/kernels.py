@@ -1,4 +1,12 @@
-"""Counts what a merge and a restore launch, and the bytes they move."""
+r"""Counts what a merge and a restore launch, and the bytes they move.
+
+In eager mode and compiled, on tokens of the size of a config's backbone.
+
+example:
+  # two batch sizes, as on a GPU
+  python tools/lab/kernels.py configs/segmenter_vit-s_pm_ade20k.py \
+      --dtype bf16 --batch-size 1 32
+"""
 
 from __future__ import annotations
 
@@ -9,23 +17,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pm_seg.cli.arguments import add_config, make_parser, output_file
 from pm_seg.cli.bench_measure import DTYPES
 from pm_seg.cli.benchmark import write_rows
-from pm_seg.cli.common import (
-    add_common_arguments,
-    check_output,
-    command,
-    load_config,
-    make_parser,
-    quiet_warnings,
-)
+from pm_seg.cli.config import load_config
+from pm_seg.cli.ending import command
 from pm_seg.core import EncoderShape, ProgressiveCompressor
 from pm_seg.core.merging import Chain
 
@@ -217,17 +220,8 @@ def kernel_table(rows: Sequence[dict]) -> Table:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        'lab/kernels.py',
-        'Count what a merge and a restore launch and move, in eager mode and '
-        "compiled, on tokens of the size of a config's backbone.",
-        (
-            'two batch sizes, as on a GPU',
-            'configs/segmenter_vit-s_pm_ade20k.py --dtype bf16 --batch-size 1 '
-            '32',
-        ),
-    )
-    parser.add_argument('config', help='a config with compression')
+    parser = make_parser('lab/kernels.py', __doc__)
+    add_config(parser)
     parser.add_argument(
         '--keep',
         type=float,
@@ -245,8 +239,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--device', default='cpu', help='where to run (default cpu)'
     )
-    parser.add_argument('--out', metavar='FILE', help='JSON file to write')
-    add_common_arguments(parser)
+    parser.add_argument(
+        '--out', type=output_file, metavar='FILE', help='JSON file to write'
+    )
     return parser.parse_args(argv)
 
 
@@ -262,11 +257,7 @@ def backbone_shape(cfg: Config) -> EncoderShape:
 def main(argv: list[str] | None = None) -> list[dict]:
     """Print a table for each batch size; returns all rows."""
     args = parse_args(argv)
-    quiet_warnings()
-    if args.out:
-        check_output(args.out)
     cfg = load_config(args)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
     shape, rows = backbone_shape(cfg), []
     for batch in args.batch_size:
         found = count_kernels(

@@ -1,4 +1,4 @@
-"""Help, exit codes and interruptions, the same for all tools."""
+"""Help and usage, the same for all tools."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from types import ModuleType
 
 import pytest
 from helpers import ROOT
-
-from pm_seg.cli.parser import command, make_parser, wrong_usage
-from pm_seg.core.compressor import check_share
 
 #: Scripts whose help is argparse's own.
 PLAIN = {
@@ -83,63 +80,3 @@ def test_unknown_flags_are_wrong_usage(tool: str, capsys) -> None:
         module_of(tool).main(['--no-such-flag'])
     assert error.value.code == 2
     assert f'{tool}.py: error' in capsys.readouterr().err
-
-
-def test_long_examples_are_wrapped_for_a_shell() -> None:
-    words = [f'--option-{i} "value {i}"' for i in range(9)]
-    text = make_parser('tool.py', 'What.', ('why', ' '.join(words)))
-    lines = text.format_help().splitlines()
-    first = next(i for i, line in enumerate(lines) if 'python' in line)
-    block = '\n'.join(lines[first : lines.index('', first)])
-    assert max(map(len, block.splitlines())) < 80
-    assert shlex.split(block.replace('\\\n', ''))[2:] == shlex.split(
-        ' '.join(words)
-    )
-
-
-def ending(main, capsys) -> tuple[object, str]:
-    with pytest.raises(SystemExit) as error:
-        main()
-    return error.value.code, capsys.readouterr().err
-
-
-def test_interruption(capsys) -> None:
-    @command('Nothing was written.')
-    def main() -> None:
-        raise KeyboardInterrupt
-
-    code, err = ending(main, capsys)
-    assert code == 130 and err == '\nInterrupted. Nothing was written.\n'
-
-
-def test_own_errors_are_messages(capsys, monkeypatch) -> None:
-    @command()
-    def main() -> None:
-        try:
-            check_share('keep', 2.0)
-        except ValueError as error:  # as mmengine's registries do
-            raise ValueError(f'class X in file: {error}') from error
-
-    code, _ = ending(main, capsys)
-    assert code.startswith('Error: keep=2.0') and 'class X' not in code
-    monkeypatch.setenv('PM_SEG_TRACEBACK', '1')
-    with pytest.raises(ValueError, match='class X'):
-        main()
-
-
-def test_other_errors_keep_their_traceback() -> None:
-    @command()
-    def main() -> None:
-        int('x')
-
-    with pytest.raises(ValueError, match='invalid literal'):
-        main()
-
-
-def test_wrong_usage(capsys) -> None:
-    code, err = ending(lambda: wrong_usage('--a needs --b'), capsys)
-    assert code == 2 and err == '--a needs --b\n'
-
-
-def test_what_main_returns_is_kept() -> None:
-    assert command()(lambda: {'mIoU': 1.0})() == {'mIoU': 1.0}
