@@ -148,8 +148,7 @@ def _fit_positions(
 def _compressed(dense: nn.Module, options: dict, grid: Grid) -> nn.Module:
     """A copy with a compression for a grid of patches."""
     model = copy.deepcopy(dense)
-    _, *rest = model.backbone.geometry
-    model.backbone.build_compressor(options, grid, *rest)
+    model.backbone.build_compressor(options, grid)
     return model
 
 

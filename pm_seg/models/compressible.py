@@ -64,8 +64,11 @@ class CompressibleMixin(StrictLoading):
     #: Whether the outputs are of prefix tokens alone.
     reads_prefix = False
 
-    def build_compressor(self, compression: dict | None) -> None:
-        """Create ``self.compressor`` from the user's ``compression`` dict.
+    def build_compressor(
+        self, compression: dict | None, grid: Grid | None = None
+    ) -> None:
+        """Create ``self.compressor`` from the user's ``compression`` dict,
+        for another native grid if one is given.
 
         Raises:
             ValueError: On an unknown type, an unknown option or a value out
@@ -73,7 +76,8 @@ class CompressibleMixin(StrictLoading):
         """
         self.compressor = None
         if compression is not None:
-            shape = encoder_shape(self.blocks, *self.geometry)
+            native, *rest = self.geometry
+            shape = encoder_shape(self.blocks, grid or native, *rest)
             self.compressor = make_compressor(
                 compression, shape, self.default_compression
             )

@@ -48,6 +48,7 @@ def quiet_imports() -> Iterator[None]:
             warnings.catch_warnings(record=True) as caught,
             redirect_stdout(printed),
         ):
+            warnings.simplefilter('always')  # filters act after the block
             yield
     finally:
         for each in caught:
