@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -76,14 +77,18 @@ def join_cpu_processes(cfg: Config) -> None:
     )
 
 
-def leave_processes() -> None:
-    """Leave the group of processes, if there is one.
+def end_processes() -> None:
+    """End a process of a finished distributed run, when all are done.
 
-    Threads of a group that is left to the end of the interpreter now and
-    then abort it, and the launcher then calls a finished run failed.
+    Nothing is taken down: threads of gloo now and then abort a process that
+    leaves its group or ends, and the launcher then calls the run failed.
     """
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def is_first_process() -> bool:

@@ -32,9 +32,9 @@ from .data import check_data
 from .ending import command, wrong_usage
 from .runs import (
     build_runner,
+    end_processes,
     guard_run,
     join_cpu_processes,
-    leave_processes,
     load_run_config,
 )
 
@@ -129,5 +129,5 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     cfg.runner_type = 'Runner'  # weights are whole, however it was trained
     join_cpu_processes(cfg)
     metrics = build_runner(cfg).test()
-    leave_processes()
+    end_processes()
     return metrics

@@ -35,10 +35,10 @@ from .data import check_data
 from .ending import command, wrong_usage
 from .runs import (
     build_runner,
+    end_processes,
     guard_run,
     is_first_process,
     join_cpu_processes,
-    leave_processes,
     load_run_config,
     use_amp,
 )
@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
             again = f'python tools/train.py {shlex.join(words)}'
             print(f'Go on with: {again}', file=sys.stderr)
         raise SystemExit(stop.code) from None
+    end_processes()
 
 
 def _run(cfg: Config) -> None:
@@ -125,7 +126,6 @@ def _run(cfg: Config) -> None:
     try:
         runner = build_runner(cfg)
         runner.train()
-        leave_processes()
     except (Exception, KeyboardInterrupt) as error:
         for hook in runner.hooks if runner else ():
             if isinstance(hook, InterruptHook):
