@@ -234,7 +234,6 @@ def solve(
     shares: Callable[[float], list[float]],
     cost: Callable[[list[float]], float],
     budget: float,
-    most: float = 1024.0,
 ) -> list[float]:
     """The shares that cost as much as a budget allows, by bisection.
 
@@ -242,17 +241,16 @@ def solve(
         shares (Callable): Shares for a strength >= 0, fewer with more of it.
         cost (Callable): What shares cost.
         budget (float): Upper bound of the cost.
-        most (float): Largest strength. Defaults to 1024.
 
     Raises:
-        ValueError: If even the largest strength costs more.
+        ValueError: If even the largest strength, 1024, costs more.
     """
     if cost(shares(0.0)) <= budget:
         return shares(0.0)
-    least = cost(shares(most))
+    low, high = 0.0, 1024.0
+    least = cost(shares(high))
     if least > budget:
         raise ValueError(f'{least:.3f} is its least')
-    low, high = 0.0, most
     for _ in range(50):
         middle = (low + high) / 2
         if cost(shares(middle)) > budget:
