@@ -38,7 +38,6 @@ from pm_seg.cli.config import load_model, resolve_config
 from pm_seg.cli.ending import command, wrong_usage
 from pm_seg.utils import (
     count_macs,
-    keep_freed_memory,
     median,
     time_interleaved,
 )
@@ -145,7 +144,6 @@ def _measure(
     models: dict[str, EncoderDecoder], size: tuple[int, int]
 ) -> dict[str, dict[str, float]]:
     """GMACs and CPU time of one image in each model, timed in turns."""
-    keep_freed_memory()
     images = torch.randn(1, 3, *size)
     calls = {name: partial(model, images) for name, model in models.items()}
     with torch.no_grad():

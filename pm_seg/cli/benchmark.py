@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..utils import count_macs, keep_freed_memory
+from ..utils import count_macs
 from ..utils.checkpoints import load_from_local
 from ..version import __version__
 from .arguments import (
@@ -203,9 +203,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     cfg = load_config(args)
     device = torch.device(args.device)
     tf32 = device.type == 'cuda' and not args.no_tf32
-    if device.type != 'cuda':
-        keep_freed_memory()
-    elif device.index is not None:
+    if device.type == 'cuda' and device.index is not None:
         torch.cuda.set_device(device)
     if tf32:
         torch.set_float32_matmul_precision('high')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Mapping
 
@@ -40,23 +39,3 @@ def time_interleaved(
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep what tensors free, in the whole process.
-
-    Otherwise glibc gives large blocks back to the system, which hands them
-    out again page by page, filled with zeros: up to a quarter of the time of
-    a model on the CPU, more or less by chance. Servers run with an allocator
-    that keeps memory (jemalloc, tcmalloc), or with
-    ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_MAX_`` set.
-
-    Returns:
-        bool: Whether it does; only glibc can be told.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    trim_threshold, mmap_max = -1, -4
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
