@@ -31,14 +31,14 @@ SEARCH = {
 }
 
 
-def calibrated_modules(model: nn.Module) -> dict[str, CompressibleMixin]:
-    """Compressible modules that a calibration makes better, by name."""
-    return {
-        name: module
-        for name, module in compressible_modules(model).items()
+def calibrated_modules(model: nn.Module) -> list[CompressibleMixin]:
+    """Compressible modules that a calibration makes better."""
+    return [
+        module
+        for module in compressible_modules(model).values()
         if isinstance(module.compressor, ProgressiveCompressor)
         and module.compressor.calibrates
-    }
+    ]
 
 
 def fit_importance(
@@ -50,17 +50,16 @@ def fit_importance(
     uncompressed, its weights do not change. In a distributed run every
     process passes its own batches and all get the same result.
     """
-    fitters: dict[str, ImportanceFitter] = {}
-    modules = calibrated_modules(model)
-    for name, module in modules.items():
-        shape = module.compressor.shape
-        fitters[name] = ImportanceFitter(
-            module.blocks, module.score_taps, shape.num_prefix, shape.dims
+    modules, fitters = calibrated_modules(model), []
+    for module in modules:
+        shape, taps = module.compressor.shape, module.score_taps
+        fitters.append(
+            ImportanceFitter(module.blocks, taps, shape.num_prefix, shape.dims)
         )
-    watch_gradients(model, batches, len(batches), fitters.values(), progress)
-    for name, fitter in fitters.items():
+    watch_gradients(model, batches, len(batches), fitters, progress)
+    for module, fitter in zip(modules, fitters):
         add_up(fitter.gram, fitter.cross)
-        modules[name].compressor.set_importance(0.0, fitter.directions())
+        module.compressor.set_importance(0.0, fitter.directions())
 
 
 def choose_settings(
@@ -76,20 +75,20 @@ def choose_settings(
         model.data_preprocessor(data, training=True)['inputs']
         for data in batches
     ]
-    modules = list(calibrated_modules(model).values())
-    starts = [
-        (module.compressor.schedule.power, module.compressor.gain.clone())
-        for module in modules
-    ]
-    search = dict(SEARCH)
-    if not any(module.compressor.has_gain for module in modules):
-        del search['gain']
+    compressors = [m.compressor for m in calibrated_modules(model)]
+    starts = [(c.schedule.power, c.gain.clone()) for c in compressors]
+    has_gain = any(c.has_gain for c in compressors)
     chosen = {name: values[0] for name, values in SEARCH.items()}
-    trials = [(name, v) for name in search for v in search[name][1:]]
+    trials = [{}] + [
+        {name: value}
+        for name, values in SEARCH.items()
+        if has_gain or name != 'gain'
+        for value in values[1:]
+    ]
 
     def loss(settings: dict[str, float]) -> float:
         value = torch.tensor(float('inf'), dtype=torch.float64)
-        if _apply(modules, starts, settings):
+        if _apply(compressors, starts, settings):
             value = sum(
                 soft_target_loss(model(images, mode='tensor'), target, 1.0)
                 for images, target in zip(inputs, dense)
@@ -97,32 +96,29 @@ def choose_settings(
         add_up(value)
         return value.item()
 
+    best = float('inf')
     with torch.no_grad(), evaluating(model):
-        progress(0, len(trials) + 1)
+        progress(0, len(trials))
         with uncompressed(model):
             dense = [model(images, mode='tensor') for images in inputs]
-        best = loss(chosen)
-        progress(1, len(trials) + 1)
-        for done, (name, value) in enumerate(trials, 2):
-            tried = {**chosen, name: value}
-            found = loss(tried)
+        for done, trial in enumerate(trials, 1):
+            found = loss({**chosen, **trial})
             if found < best:
-                best, chosen = found, tried
-            progress(done, len(trials) + 1)
-        _apply(modules, starts, chosen)
+                best, chosen = found, {**chosen, **trial}
+            progress(done, len(trials))
+        _apply(compressors, starts, chosen)
     return chosen
 
 
 def _apply(
-    modules: Sequence[CompressibleMixin],
+    compressors: Sequence[ProgressiveCompressor],
     starts: Sequence[tuple[float, Tensor]],
     settings: dict[str, float],
 ) -> bool:
-    """Set the settings, from the powers and gains there were at first;
+    """Change the powers and gains there were at first, and the strength;
     whether the budget can be met with them.
     """
-    for module, (power, gain) in zip(modules, starts):
-        compressor = module.compressor
+    for compressor, (power, gain) in zip(compressors, starts):
         compressor.set_importance(settings['strength'])
         compressor.gain.data.copy_(gain * settings['gain'])
         try:

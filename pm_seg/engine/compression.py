@@ -12,11 +12,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from .calibration import (
-    calibrated_modules,
-    choose_settings,
-    fit_importance,
-)
+from .calibration import calibrated_modules, choose_settings, fit_importance
 from .scoring import (
     compressible_modules,
     gather_scores,
@@ -27,8 +23,7 @@ from .scoring import (
 )
 from .targets import meet_target
 
-#: Called with what is being done, the steps done and their total; with 0
-#: done when it begins.
+#: Called with what is being done, the steps done, 0 at first, and their total.
 Progress = Callable[[str, int, int], None]
 
 
@@ -41,13 +36,11 @@ class Measuring:
             needs scores (``type='paper'``).
         calib_batches (int): Training batches for importance and schedule,
             0 for none.
-        reduction (str): See :class:`~pm_seg.core.ScoreRecorder`.
         seed (int): Of the batches and their augmentation.
     """
 
     score_batches: int = 50
     calib_batches: int = 8
-    reduction: str = 'image'
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,23 +90,20 @@ def compress(
         raise ValueError(
             f'got keep={keep} and target={target}; they exclude each other'
         )
-    measuring = measuring or Measuring()
-    progress = progress or no_progress
     modules = require_compressible(model)
-    if dataloader is None and needs_data(model):
+    scoring = needs_data(model)
+    if scoring and dataloader is None:
         raise ValueError(
             'this compression needs scores, and scores need images: pass a '
             "data loader, or use type='pm', which works without"
         )
+    measuring, progress = measuring or Measuring(), progress or no_progress
     with isolated_rng(measuring.seed):
-        if needs_data(model):
-            scores = gather_scores(
-                model,
-                _fresh(dataloader, measuring.seed),
-                measuring.score_batches,
-                measuring.reduction,
-                partial(progress, 'Scoring batches'),
-            )
+        if scoring:
+            loader = _from_start(dataloader, measuring.seed)
+            report = partial(progress, 'Scoring batches')
+            count = measuring.score_batches
+            scores = gather_scores(model, loader, count, report)
             for name, found in scores.items():
                 modules[name].compressor.store(found)
         for module in modules.values():
@@ -123,16 +113,16 @@ def compress(
                 module.compressor.build()
         if target is not None:
             meet_target(model, target)
-        calibrated = [m.compressor for m in calibrated_modules(model).values()]
-        known = all(compressor.has_importance for compressor in calibrated)
+        calibrated = calibrated_modules(model)
+        known = all(m.compressor.has_importance for m in calibrated)
         same = known and keep is None and target is None
         images = dataloader is not None and measuring.calib_batches
         if calibrated and images and not same:
-            loader = _fresh(dataloader, measuring.seed)
+            loader = _from_start(dataloader, measuring.seed)
             batches = list(take(loader, measuring.calib_batches))
             if not known:
-                title = 'Importance of tokens'
-                fit_importance(model, batches, partial(progress, title))
+                report = partial(progress, 'Importance of tokens')
+                fit_importance(model, batches, report)
             choose_settings(model, batches, partial(progress, 'Ways to merge'))
             if target is not None:
                 meet_target(model, target)
@@ -140,8 +130,8 @@ def compress(
         module.compressor.settle()
 
 
-def _fresh(dataloader: DataLoader | dict, seed: int) -> Iterable[dict]:
-    """A loader, at its first batch if a config is given."""
+def _from_start(dataloader: DataLoader | dict, seed: int) -> Iterable[dict]:
+    """A loader; if a config is given, a new one."""
     if isinstance(dataloader, dict):
         dataloader = {**dataloader, 'persistent_workers': False}
         return Runner.build_dataloader(dataloader, seed=seed)

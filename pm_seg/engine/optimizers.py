@@ -14,14 +14,11 @@ _EMBEDDING = (*_TOKENS, 'patch_embed', 'rope', 'norm_pre')
 def layer_index(name: str, depth: int) -> int:
     """0 for the embedding, 1..depth for the layers, depth + 1 for the rest,
     by the name of a parameter in the whole model."""
-    parts = name.split('.')
-    if parts[0] != 'backbone':
-        return depth + 1
-    parts = [part for part in parts[1:] if part != 'timm_model']
-    if parts[0] in _EMBEDDING:
+    parts = [part for part in name.split('.') if part != 'timm_model']
+    if parts[0] == 'backbone' and parts[1] in _EMBEDDING:
         return 0
-    if parts[0] in ('layers', 'blocks'):
-        return int(parts[1]) + 1
+    if parts[0] == 'backbone' and parts[1] in ('layers', 'blocks'):
+        return int(parts[2]) + 1
     return depth + 1
 
 
@@ -44,15 +41,13 @@ class PMLayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ...     paramwise_cfg=dict(decay_rate=0.65))
     """
 
-    def __init__(
-        self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None
-    ) -> None:
-        if 'decay_rate' not in (paramwise_cfg or {}):
+    def _validate_cfg(self) -> None:
+        super()._validate_cfg()
+        if 'decay_rate' not in self.paramwise_cfg:
             raise ValueError(
                 'paramwise_cfg needs decay_rate, for example '
                 'paramwise_cfg=dict(decay_rate=0.65)'
             )
-        super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def add_params(
         self, params: list[dict], module: nn.Module, **kwargs

@@ -153,7 +153,6 @@ def gather_scores(
     model: BaseModel,
     batches: Iterable[dict],
     num_batches: int,
-    reduction: str = 'image',
     progress: Steps | None = None,
 ) -> dict[str, Tensor]:
     """Gradient-weighted scores of the modules that need them.
@@ -167,8 +166,6 @@ def gather_scores(
         batches (Iterable[dict]): Of a training data loader, with
             annotations; started again when exhausted.
         num_batches (int): How many to use.
-        reduction (str): See :class:`~pm_seg.core.ScoreRecorder`. Defaults
-            to 'image'.
         progress (Callable, optional): Called with the batches done, 0 at
             first, and their total.
 
@@ -179,13 +176,15 @@ def gather_scores(
         ValueError: If nothing is compressible, or images have another size
             than the model was built for.
     """
-    recorders: dict[str, ScoreRecorder] = {}
-    for name, module in require_compressible(model).items():
-        if module.compressor.needs_scores:
-            taps, shape = module.score_taps, module.compressor.shape
-            recorders[name] = ScoreRecorder(
-                taps, shape.num_tokens, shape.num_prefix, reduction
-            )
+    recorders = {
+        name: ScoreRecorder(
+            module.score_taps,
+            module.compressor.shape.num_tokens,
+            module.compressor.shape.num_prefix,
+        )
+        for name, module in require_compressible(model).items()
+        if module.compressor.needs_scores
+    }
     watchers, progress = recorders.values(), progress or no_progress
     watch_gradients(model, batches, num_batches, watchers, progress)
     for recorder in watchers:

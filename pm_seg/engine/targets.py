@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import torch
 from mmengine.dist import broadcast
 from mmengine.model import BaseModel
@@ -75,50 +77,47 @@ def meet_target(model: BaseModel, target: dict[str, float]) -> float:
         model(images, mode='tensor')
 
     def cost() -> float:
-        if kind != 'latency_ms':
-            return count_macs(run) / 1e9
-        if compiled:
-            torch._dynamo.reset()
-        call = torch.compile(run, dynamic=False) if compiled else run
-        times = time_interleaved({'model': call}, rounds=7)
-        return median(times['model']) * 1e3
+        if kind == 'latency_ms':
+            if compiled:
+                torch._dynamo.reset()
+            call = torch.compile(run, dynamic=False) if compiled else run
+            times = time_interleaved({'model': call}, rounds=7)
+            value = median(times['model']) * 1e3
+        else:
+            value = count_macs(run) / 1e9
+        value = torch.tensor(value, dtype=torch.float64)
+        broadcast(value)
+        return value.item()
 
     def set_keep(keep: float) -> None:
         for module in modules:
             module.compressor.set_keep(keep)
 
-    def cost_at(keep: float) -> float | None:
-        """Cost at a keep, None if it is out of reach."""
-        try:
-            set_keep(keep)
-        except ValueError:
-            return None
-        value = torch.tensor(cost(), dtype=torch.float64)
-        broadcast(value)
-        return value.item()
+    costs: dict[int, float] = {}
 
-    low, high, keep = 0.0, 1.0, 1.0
-    best, least, unit = None, float('inf'), 1.0
+    def cost_at(step: int) -> float:
+        """Of a keep of step / 2048, 0 if that is out of reach."""
+        try:
+            set_keep(step / 2048)
+        except ValueError:
+            return 0.0
+        costs[step] = cost()
+        return costs[step]
+
     with evaluating(model):
         if kind == 'share':
             with uncompressed(model):
-                unit = cost()
-        for _ in range(12):
-            value = cost_at(keep)
-            if value is None:
-                low = keep
-            elif value <= limit * unit:
-                low = best = keep
-            else:
-                high, least = keep, min(least, value / unit)
-            if best == 1.0:
-                break
-            keep = (low + high) / 2
-    if best is None:
+                limit *= cost()
+        set_keep(1.0)  # says why if no keep can be set at all
+        if cost_at(2048) <= limit:
+            return 1.0
+        found = bisect_right(range(2048), limit, key=cost_at) - 1
+    if found not in costs:
+        least = min(costs.values()) / limit * target[kind]
         raise ValueError(
             f'target {kind}={target[kind]} cannot be met: the least found is '
             f'{kind}={least:.3g}; ask for more than that, or compress more '
             'layers (a lower first)'
         )
-    set_keep(best)
-    return best
+    set_keep(found / 2048)
+    return found / 2048

@@ -83,24 +83,16 @@ class WholeCheckpointHook(CheckpointHook):
 
     @contextmanager
     def _safely(self, runner: Runner) -> Iterator[None]:
-        local = isinstance(self.file_backend, WholeFileBackend)
+        if not isinstance(self.file_backend, WholeFileBackend):
+            yield
+            return
         try:
             yield
-        except (OSError, RuntimeError) as error:
-            if not local or not _about_files(error):
-                raise
+        except OSError as error:
             raise RunStoppedError(
                 f'Cannot save to {self.out_dir} at iteration '
                 f'{runner.iter + 1}: {error}. Nothing was removed. Make room '
                 'or choose another folder with --work-dir. '
                 f'{how_to_go_on(self.out_dir)}'
             ) from error
-        if local:
-            self.file_backend.clean_up()
-
-
-def _about_files(error: Exception) -> bool:
-    """Whether torch or the system could not write a file."""
-    if isinstance(error, RunStoppedError):  # said already
-        return False
-    return isinstance(error, OSError) or 'PytorchStreamWriter' in str(error)
+        self.file_backend.clean_up()

@@ -31,9 +31,6 @@ class RunGuardHook(Hook):
         patience (int): Iterations in a row with a loss of NaN or inf to go on
             for in mixed precision, whose loss scaling skips them. Defaults to
             10.
-
-    Example:
-        >>> custom_hooks = [dict(type='RunGuardHook')]
     """
 
     priority = 'LOW'
@@ -56,28 +53,24 @@ class RunGuardHook(Hook):
         """Raise ``ValueError`` if labels are why an iteration failed."""
         check_labels(runner.model, self._batch)
 
-    def before_test_iter(
+    def before_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict
     ) -> None:
-        if self._warned:
-            return
         try:
-            check_labels(runner.model, data_batch)
+            if not self._warned:
+                check_labels(runner.model, data_batch)
         except ValueError as error:
             self._warned = True
             warnings.warn(f'{error}. Metrics leave it out', stacklevel=2)
 
-    before_val_iter = before_test_iter
+    before_test_iter = before_val_iter
 
     def after_train_iter(
         self, runner: Runner, outputs: dict | None = None, **kwargs
     ) -> None:
         loss = outputs.get('loss') if isinstance(outputs, dict) else None
         loss = 0.0 if loss is None else float(loss.detach())
-        if math.isfinite(loss):
-            self._bad = 0
-            return
-        self._bad += 1
+        self._bad = 0 if math.isfinite(loss) else self._bad + 1
         mixed = isinstance(runner.optim_wrapper, AmpOptimWrapper)
         if self._bad > (self.patience if mixed else 0):
             raise RunStoppedError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import ExitStack
 from types import FrameType
 
 import torch
@@ -14,8 +15,6 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from ...registry import register
 from ..faults import RunStoppedError, how_to_go_on
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @register('HOOKS')
@@ -32,39 +31,35 @@ class InterruptHook(Hook):
     Args:
         interval (int): In distributed runs, iterations after which processes
             agree on whether one of them was told to stop. Defaults to 10.
-
-    Example:
-        >>> custom_hooks = [dict(type='InterruptHook')]
     """
 
     priority = 'LOWEST'  # after the checkpoint of the same iteration
 
     def __init__(self, interval: int = 10) -> None:
         self.interval = interval
-        self.requested: int | None = None
+        self._requested = 0  # the signal
         self._done: int | None = None  # iterations, once training has begun
         self._inside = False
-        self._previous: dict[int, object] = {}
+        self._handlers = ExitStack()
 
     def before_run(self, runner: Runner) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets no other thread handle signals
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous = signal.signal(number, self._handle)
+            self._handlers.callback(signal.signal, number, previous)
 
     def release(self, runner: Runner | None = None) -> None:
         """Put the signal handlers back that were there before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        self._handlers.close()
 
     after_run = release
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None or self._done is None:
+        if self._requested or self._done is None:
             self.release()
             raise KeyboardInterrupt
-        self.requested = number
+        self._requested = number
         if hasattr(signal, 'SIGCHLD'):
             # The same signal ends the processes that load images; torch
             # would raise an error for that in the middle of the iteration.
@@ -100,19 +95,18 @@ class InterruptHook(Hook):
 
     def _agreed(self, batch_idx: int) -> bool:
         """Whether to stop now; the same in all processes."""
-        if get_world_size() == 1:
-            return self.requested is not None
-        if (batch_idx + 1) % self.interval:
+        if get_world_size() > 1 and (batch_idx + 1) % self.interval:
             return False
-        votes = torch.tensor(int(self.requested or 0))
+        votes = torch.tensor(self._requested)
         all_reduce(votes, 'max')
-        self.requested = int(votes) or None
-        return self.requested is not None
+        if votes:  # if not, a signal that comes now is for the next time
+            self._requested = int(votes)
+        return bool(votes)
 
     @property
     def between_iterations(self) -> bool:
         """Whether a stop is wished for and the weights are whole."""
-        return self.requested is not None and not self._inside
+        return bool(self._requested) and not self._inside
 
     def stop(self, runner: Runner) -> None:
         """Save, unless this iteration is saved already, and raise.
@@ -121,25 +115,22 @@ class InterruptHook(Hook):
             RunStoppedError: Always.
         """
         self.release()
-        name, done = signal.Signals(self.requested).name, self._done
-        stopped = f'stopped and saved after iteration {done}'
+        done = self._done
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             stopped = f'stopped after iteration {done}, inside an epoch'
         else:
-            self._save(runner, done)
+            stopped = f'stopped and saved after iteration {done}'
+            meta = dict(epoch=runner.epoch, iter=done)
+            file = f'iter_{done}.pth'
+            hooks = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
+            if not hooks:
+                runner.save_checkpoint(
+                    runner.work_dir, file, meta=meta, by_epoch=False
+                )
+            elif not (hooks[0].last_ckpt or '').endswith(file):
+                hooks[0]._save_checkpoint_with_step(runner, done, meta)
         raise RunStoppedError(
-            f'{name}: {stopped}. {how_to_go_on(runner.work_dir)}',
-            128 + self.requested,
+            f'{signal.Signals(self._requested).name}: {stopped}. '
+            f'{how_to_go_on(runner.work_dir)}',
+            128 + self._requested,
         )
-
-    @staticmethod
-    def _save(runner: Runner, done: int) -> None:
-        meta = dict(epoch=runner.epoch, iter=done)
-        name = f'iter_{done}.pth'
-        hooks = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
-        if not hooks:
-            runner.save_checkpoint(
-                runner.work_dir, name, meta=meta, by_epoch=False
-            )
-        elif not (hooks[0].last_ckpt or '').endswith(name):
-            hooks[0]._save_checkpoint_with_step(runner, done, meta)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -33,16 +35,13 @@ class PruneMergeHook(Hook):
     weight and no random state: what follows is the same run with or without.
 
     Args:
-        calib_batches, score_batches, reduction, seed: See
+        calib_batches, score_batches, seed (int): See
             :class:`~pm_seg.engine.Measuring`.
         target (dict, optional): A budget of the whole model instead of the
             ``keep`` of the config, see
             :func:`pm_seg.engine.targets.meet_target`. Defaults to None.
         evaluate (bool): Whether to run the validation before compression and
             straight after it. Defaults to False.
-
-    Example:
-        >>> custom_hooks = [dict(type='PruneMergeHook')]
     """
 
     priority = 'VERY_HIGH'
@@ -51,14 +50,11 @@ class PruneMergeHook(Hook):
         self,
         calib_batches: int = 8,
         score_batches: int = 50,
-        reduction: str = 'image',
         seed: int = 0,
         target: dict[str, float] | None = None,
         evaluate: bool = False,
     ) -> None:
-        self.measuring = Measuring(
-            score_batches, calib_batches, reduction, seed
-        )
+        self.measuring = Measuring(score_batches, calib_batches, seed)
         if target is not None:
             check_target(target)
         self.target = target
@@ -85,13 +81,9 @@ class PruneMergeHook(Hook):
             with uncompressed(model):
                 self._evaluate(runner, 'Before compression')
             # A loader of its own, so that training sees its batches unshifted.
-            compress(
-                model,
-                calibration_loader(runner.cfg),
-                target=self.target,
-                measuring=self.measuring,
-                progress=_Log(runner),
-            )
+            loader = calibration_loader(runner.cfg)
+            log = partial(self._log, runner)
+            compress(model, loader, None, self.target, self.measuring, log)
             self._evaluate(runner, 'Straight after compression')
         if not sharded:  # the table reads shapes of whole parameters
             runner.logger.info(f'Token compression\n{describe(model)}')
@@ -110,16 +102,10 @@ class PruneMergeHook(Hook):
         shown = '  '.join(f'{k}: {v:.2f}' for k, v in metrics.items())
         runner.logger.info(f'{title}: {shown}')
 
-
-class _Log:
-    """Five log lines on each thing that is done."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-
-    def __call__(self, title: str, done: int, total: int) -> None:
+    def _log(self, runner: Runner, title: str, done: int, total: int) -> None:
+        """Five lines on each thing that is measured."""
         if done == 0:
-            self.left = TimeLeft()
+            self._left = TimeLeft()
         elif done % max(total // 5, 1) == 0 or done == total:
-            left = self.left(done, total)
-            self.runner.logger.info(f'{title} [{done}/{total}], {left}')
+            left = self._left(done, total)
+            runner.logger.info(f'{title} [{done}/{total}], {left}')

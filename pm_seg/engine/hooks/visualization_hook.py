@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -58,41 +57,35 @@ class CompressionVisualizationHook(Hook):
         self._validations = 0
 
     def before_train(self, runner: Runner) -> None:
-        """Draw the structure, if there is one by now."""
+        """Draw the structure and the images, if there is one by now."""
         modules = compressible_modules(runner.model).values()
-        if not all(m.compressor.has_structure for m in modules):
+        if all(module.compressor.has_structure for module in modules):
+            self._draw(runner, structure=True)
+        else:
             runner.logger.warning(
                 'CompressionVisualizationHook: no token groups to draw yet; '
                 "add dict(type='PruneMergeHook') to custom_hooks"
             )
-        elif modules and is_main_process():
-            _add(runner, structure_figures(runner.model))
-            self._draw_images(runner)
 
     def after_val_epoch(self, runner: Runner, **kwargs) -> None:
         """Draw the images, every ``interval`` validations."""
         self._validations += 1
         if self.interval and self._validations % self.interval == 0:
-            self._draw_images(runner)
+            self._draw(runner)
 
-    def _draw_images(self, runner: Runner) -> None:
-        model, loop = runner.model, runner.val_loop
-        drawn = compressible_modules(model) and is_main_process()
-        if not drawn or loop is None:
+    def _draw(self, runner: Runner, structure: bool = False) -> None:
+        model = runner.model
+        if not compressible_modules(model) or not is_main_process():
             return
-        dataset = loop.dataloader.dataset
+        figures = structure_figures(model) if structure else {}
+        model = model.module if is_model_wrapper(model) else model
+        dataset = runner.val_loop.dataloader.dataset if runner.val_loop else ()
         count = min(self.num_images, len(dataset))
         for number in range(count):
-            one = inspect(
-                model.module if is_model_wrapper(model) else model,
-                dataset[number * len(dataset) // count],
+            one = inspect(model, dataset[number * len(dataset) // count])
+            drawn = one.figures(getattr(dataset, 'metainfo', {}))
+            figures.update({f'{k}_{one.name}': f for k, f in drawn.items()})
+        for name, figure in figures.items():
+            runner.visualizer.add_image(
+                f'compression_{name}', to_array(figure), runner.iter
             )
-            figures = one.figures(getattr(dataset, 'metainfo', {}))
-            _add(runner, {f'{k}_{one.name}': f for k, f in figures.items()})
-
-
-def _add(runner: Runner, figures: dict[str, Figure]) -> None:
-    for name, figure in figures.items():
-        runner.visualizer.add_image(
-            f'compression_{name}', to_array(figure), runner.iter
-        )
