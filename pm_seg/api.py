@@ -80,8 +80,7 @@ def compress_model(
         ValueError: If the model or a batch is of another kind, an option is
             wrong, or the budget is out of reach.
     """
-    start = keep if target is None else None
-    small = make_compressible(model, start, **compression)
+    small = make_compressible(model, keep, **compression)
     task = small
     if find_timm_vit(small) is not None:
         features = getattr(small, 'num_classes', 0) < 1
@@ -126,9 +125,7 @@ def make_compressible(
     Raises:
         ValueError: If the model is of another kind or an option is wrong.
     """
-    if is_model_wrapper(model) or isinstance(
-        model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    ):
+    if is_model_wrapper(model):
         raise ValueError(
             f'{type(model).__name__} is a wrapper; pass the model inside, '
             'model.module'

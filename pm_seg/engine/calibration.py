@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import count
 
 import torch
 from mmengine.model import BaseModel
@@ -77,16 +79,15 @@ def choose_settings(
     ]
     compressors = [m.compressor for m in calibrated_modules(model)]
     starts = [(c.schedule.power, c.gain.clone()) for c in compressors]
-    has_gain = any(c.has_gain for c in compressors)
     chosen = {name: values[0] for name, values in SEARCH.items()}
-    trials = [{}] + [
-        {name: value}
-        for name, values in SEARCH.items()
-        if has_gain or name != 'gain'
-        for value in values[1:]
-    ]
+    search = dict(SEARCH)
+    if not any(compressor.has_gain for compressor in compressors):
+        del search['gain']
+    total = 1 + sum(len(values) - 1 for values in search.values())
+    done = count(1)
 
-    def loss(settings: dict[str, float]) -> float:
+    @cache
+    def loss(**settings: float) -> float:
         value = torch.tensor(float('inf'), dtype=torch.float64)
         if _apply(compressors, starts, settings):
             value = sum(
@@ -94,18 +95,16 @@ def choose_settings(
                 for images, target in zip(inputs, dense)
             ).double()
         add_up(value)
+        progress(next(done), total)
         return value.item()
 
-    best = float('inf')
     with torch.no_grad(), evaluating(model):
-        progress(0, len(trials))
+        progress(0, total)
         with uncompressed(model):
             dense = [model(images, mode='tensor') for images in inputs]
-        for done, trial in enumerate(trials, 1):
-            found = loss({**chosen, **trial})
-            if found < best:
-                best, chosen = found, {**chosen, **trial}
-            progress(done, len(trials))
+        for name, values in search.items():
+            tried = [{**chosen, name: value} for value in values]
+            chosen = min(tried, key=lambda settings: loss(**settings))
         _apply(compressors, starts, chosen)
     return chosen
 

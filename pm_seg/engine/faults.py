@@ -11,11 +11,6 @@ from torch import Tensor, nn
 
 from ..utils.checkpoints import latest_intact_checkpoint
 
-#: What torch says when a process of a data loader died.
-_DEAD_WORKER = re.compile(
-    r'DataLoader worker .*(exited unexpectedly|killed by signal)'
-)
-
 
 class RunStoppedError(RuntimeError):
     """A run that ended early, on purpose: why, how to go on, and the exit
@@ -42,9 +37,10 @@ def dead_worker(error: BaseException | None) -> str | None:
     Torch raises them wherever the main process is, in a signal handler:
     what was running there may have raised another error from them.
     """
+    words = r'DataLoader worker .*(exited unexpectedly|killed by signal)'
     while error is not None:
         text = str(error)
-        if isinstance(error, RuntimeError) and _DEAD_WORKER.search(text):
+        if isinstance(error, RuntimeError) and re.search(words, text):
             return text.split('\n')[0].rstrip('. ')
         error = error.__cause__ or error.__context__
     return None
@@ -69,12 +65,8 @@ def check_labels(
     """Raise ``ValueError`` if a label is none of the model's classes.
 
     On a GPU such a label ends the process without naming it, and mmseg's
-    IoU leaves its pixels out.
-
-    Args:
-        model (nn.Module): Segmentor or classifier, wrapped or not.
-        batch (dict): Of a data loader, before the data preprocessor.
-        first, step (int): Of maps, the rows to look at. Defaults to all.
+    IoU leaves its pixels out. The batch is one before the data preprocessor;
+    of maps every ``step``-th row is looked at, from the ``first`` on.
     """
     while hasattr(model, 'module'):  # distributed, test-time augmentation
         model = model.module
@@ -116,8 +108,7 @@ def explain(
     advice = how_to_go_on(work_dir)
     if isinstance(error, KeyboardInterrupt):
         return RunStoppedError(f'Stopped at once. {advice}', 130)
-    reason = dead_worker(error)
-    if reason:
+    if reason := dead_worker(error):
         return RunStoppedError(
             f'{reason}. A process that loads images died, mostly because '
             'memory or /dev/shm is full: lower num_workers or batch_size of '

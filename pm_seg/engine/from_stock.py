@@ -34,11 +34,14 @@ def make_backbone_compressible(backbone: nn.Module, compression: dict) -> None:
         backbone.build_compressor(compression)
         backbone.compressor.to(next(backbone.parameters()))
         return
-    kind = type(backbone)
-    ours = _our_class(kind)
-    if ours is None:
+    stock, ours = type(backbone), None
+    package = stock.__module__.split('.')[0]
+    if package in PACKAGES:  # with which ours are registered
+        registry = import_module(f'{package}.registry').MODELS
+        ours = registry.get(f'PM{stock.__name__}')
+    if ours is None or not issubclass(ours, stock):
         raise ValueError(
-            f'a backbone of type {kind.__name__} is not supported; expected '
+            f'a backbone of type {stock.__name__} is not supported; expected '
             f'{SUPPORTED}'
         )
     expected = _outputs(backbone)
@@ -51,20 +54,10 @@ def make_backbone_compressible(backbone: nn.Module, compression: dict) -> None:
     limit = 1e-4 if expected.dtype == torch.float32 else 2e-2
     if not error <= limit:
         raise ValueError(
-            f'{ours.__name__} made from the given {kind.__name__} differs '
+            f'{ours.__name__} made from the given {stock.__name__} differs '
             f'from it by {error:.1e} of the largest output: it has changes '
             'that are not carried over; change the type in its config instead'
         )
-
-
-def _our_class(kind: type[nn.Module]) -> type[CompressibleMixin] | None:
-    """It is registered with the package of the stock one."""
-    package = kind.__module__.split('.')[0]
-    if package not in PACKAGES:
-        return None
-    registry = import_module(f'{package}.registry').MODELS
-    ours = registry.get(f'PM{kind.__name__}')
-    return ours if ours and issubclass(ours, kind) else None
 
 
 @torch.no_grad()

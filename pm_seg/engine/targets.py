@@ -18,26 +18,25 @@ TARGETS = ('gmacs', 'share', 'latency_ms')
 def check_target(target: dict[str, float]) -> tuple[str, float, int, bool]:
     """Kind, upper bound, and of a latency the batch size and whether it is of
     compiled code; or ``ValueError``."""
-    options = dict(target)
-    batch = options.pop('batch_size', 1)
-    compiled = options.pop('compiled', False)
-    if len(options) != 1 or not set(options) <= set(TARGETS):
+    kinds = set(target) - {'batch_size', 'compiled'}
+    if len(kinds) != 1 or not kinds <= set(TARGETS):
         raise ValueError(
             f'target={dict(target)} must have exactly one of {TARGETS}, for '
             'example target=dict(share=0.7)'
         )
-    ((kind, value),) = options.items()
+    (kind,) = kinds
     if len(target) > 1 and kind != 'latency_ms':
         raise ValueError(
             f'target={dict(target)}: batch_size and compiled go with '
             'latency_ms alone; operations are those of one image'
         )
+    value, batch = target[kind], target.get('batch_size', 1)
     if batch != int(batch) or batch < 1:
         raise ValueError(f'target batch_size={batch} must be 1 or more')
     if value <= 0 or (kind == 'share' and value > 1):
         limit = 'in (0, 1]' if kind == 'share' else 'above 0'
         raise ValueError(f'target {kind}={value} must be {limit}')
-    return kind, float(value), int(batch), bool(compiled)
+    return kind, float(value), int(batch), bool(target.get('compiled'))
 
 
 def native_images(model: BaseModel, count: int = 1) -> torch.Tensor:

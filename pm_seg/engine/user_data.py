@@ -30,22 +30,20 @@ class UserBatches:
         return map(self._as_dict, self.loader)
 
     def _as_dict(self, batch: Any) -> dict:
-        if isinstance(batch, Mapping) and 'inputs' in batch:
-            return dict(batch)
-        if isinstance(batch, Tensor) and self.plain:
-            return dict(inputs=batch, data_samples=None)
-        pair = isinstance(batch, (list, tuple)) and len(batch) == 2
-        if pair and all(isinstance(part, Tensor) for part in batch):
-            images, labels = batch
-            samples = labels if self.plain else _samples(labels)
-            return dict(inputs=images, data_samples=samples)
+        match batch:
+            case {'inputs': _}:
+                return dict(batch)
+            case Tensor() if self.plain:
+                return dict(inputs=batch, data_samples=None)
+            case [Tensor() as images, Tensor() as labels]:
+                samples = labels if self.plain else _samples(labels)
+                return dict(inputs=images, data_samples=samples)
         expected = 'images or (images, labels)'
         if not self.plain:
             expected = 'dict(inputs=..., data_samples=...) or (images, labels)'
+        keys = sorted(batch) if isinstance(batch, Mapping) else ''
         raise ValueError(
-            f'a batch is a {type(batch).__name__}'
-            f'{sorted(batch) if isinstance(batch, Mapping) else ""}; '
-            f'expected {expected}'
+            f'a batch is a {type(batch).__name__}{keys}; expected {expected}'
         )
 
 
