@@ -18,13 +18,14 @@ from mmengine.model import BaseModel, is_model_wrapper
 from torch import nn
 
 from .engine.compression import Measuring, Progress, compress
-from .engine.from_stock import SUPPORTED, make_backbone_compressible
 from .engine.scoring import compressible_modules
-from .engine.user_data import (
+from .engine.user_models import (
+    SUPPORTED,
     Loss,
     PlainModel,
     UserBatches,
     feature_energy,
+    make_backbone_compressible,
 )
 from .models.timm_vit import compress_timm_vit, find_timm_vit
 from .utils import shown_progress

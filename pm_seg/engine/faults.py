@@ -26,8 +26,7 @@ def how_to_go_on(work_dir: str | Path, finite: bool = False) -> str:
     the last without NaN or inf in its weights."""
     found = latest_intact_checkpoint(work_dir, finite)
     if found is None:
-        good = ' good' if finite else ''
-        return f'There is no{good} checkpoint in {work_dir} yet: start anew'
+        return f'There is no good checkpoint in {work_dir} yet: start anew'
     return f'Last good checkpoint: {found}'
 
 

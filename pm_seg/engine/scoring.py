@@ -96,11 +96,8 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 
 def take(batches: Iterable[dict], count: int) -> Iterator[dict]:
-    """The first ``count`` batches, begun again when exhausted.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The first ``count`` batches, begun again when exhausted; ``ValueError``
+    if there are none."""
     while count > 0:
         before = count
         for data in islice(batches, count):

@@ -76,7 +76,7 @@ DEVICE_FAULTS = (
         ('models/test_layers', 'models/test_device_models'),
     ),
     Fault(
-        'engine/from_stock', 'equal models differ under TF32',
+        'engine/user_models', 'equal models differ under TF32',
         'evaluating(backbone), full_products():', 'evaluating(backbone):',
         ('./test_api',),
     ),

@@ -52,7 +52,8 @@ class WholeCheckpointHook(CheckpointHook):
 
     The base class removes the oldest (or the previous best) checkpoint, then
     writes the new one in place: with ``max_keep_ckpts=1`` a crash or a full
-    disk in between leaves nothing. Modifications, for local folders:
+    disk in between leaves nothing. It takes the same arguments. Modifications,
+    for local folders:
 
     - a checkpoint appears under its name when it is whole;
     - older ones are removed after that;
@@ -60,9 +61,6 @@ class WholeCheckpointHook(CheckpointHook):
       checkpoint named, and leaves no part of itself.
 
     ``tools/train.py`` uses it in place of the base class.
-
-    Args:
-        **kwargs: See the base class.
     """
 
     def __init__(self, *args, **kwargs) -> None:

@@ -109,11 +109,7 @@ class InterruptHook(Hook):
         return bool(self._requested) and not self._inside
 
     def stop(self, runner: Runner) -> None:
-        """Save, unless this iteration is saved already, and raise.
-
-        Raises:
-            RunStoppedError: Always.
-        """
+        """Save what is not saved already, and raise ``RunStoppedError``."""
         self.release()
         done = self._done
         if isinstance(runner.train_loop, EpochBasedTrainLoop):

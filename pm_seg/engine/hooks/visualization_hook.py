@@ -34,13 +34,6 @@ class CompressionVisualizationHook(Hook):
 
     Raises:
         ValueError: On a negative number.
-
-    Example:
-        >>> custom_hooks = [
-        ...     dict(type='PruneMergeHook'),
-        ...     dict(type='CompressionVisualizationHook', interval=4)]
-        >>> visualizer = dict(
-        ...     vis_backends=[dict(type='TensorboardVisBackend')])
     """
 
     # After PruneMergeHook, and after EMAHook has put the weights back.
