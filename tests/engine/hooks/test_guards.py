@@ -25,7 +25,7 @@ from pm_seg.engine.faults import (
     dead_worker,
     explain,
 )
-from pm_seg.engine.hooks import guard_hook
+from pm_seg.engine.hooks import guard_hook, interrupt_hook
 from pm_seg.utils.checkpoints import (
     latest_intact_checkpoint,
     read_checkpoint,
@@ -271,3 +271,15 @@ def test_a_dead_worker_is_found_behind_other_errors() -> None:
     except SyntaxError as error:
         assert dead_worker(error) == words.rstrip('. ')
     assert dead_worker(SyntaxError(words)) is None
+
+
+def test_a_signal_during_a_vote_counts_in_the_next(monkeypatch) -> None:
+    """Processes that voted without it go on, this one with them."""
+    hook = InterruptHook(interval=1)
+
+    def vote(votes: torch.Tensor, op: str) -> None:
+        hook._requested = signal.SIGTERM
+
+    monkeypatch.setattr(interrupt_hook, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(interrupt_hook, 'all_reduce', vote)
+    assert [hook._agreed(number) for number in range(2)] == [False, True]
