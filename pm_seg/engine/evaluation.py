@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
@@ -14,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..utils import count_macs, time_interleaved
-from .scoring import Steps, evaluating, no_progress, uncompressed
-from .targets import native_images
+from .scoring import Steps, evaluating, no_progress
+from .targets import native_calls
 
 
 def evaluate(
@@ -57,20 +55,10 @@ def compare_speed(model: BaseModel, rounds: int = 9) -> dict[str, list[float]]:
     In turns, ``rounds`` of each, on the model's device.
     """
     with evaluating(model):
-        return time_interleaved(_calls(model), rounds)
+        return time_interleaved(native_calls(model), rounds)
 
 
 def compare_macs(model: BaseModel) -> dict[str, int]:
     """Multiply-accumulates of one image, 'dense' and 'compressed'."""
     with evaluating(model):
-        return {name: count_macs(f) for name, f in _calls(model).items()}
-
-
-def _calls(model: BaseModel) -> dict[str, Callable[[], None]]:
-    images = native_images(model)
-
-    def dense() -> None:
-        with uncompressed(model):
-            model(images, mode='tensor')
-
-    return dict(dense=dense, compressed=lambda: model(images, mode='tensor'))
+        return {name: count_macs(f) for name, f in native_calls(model).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 
 import torch
 from mmengine.dist import broadcast
@@ -39,12 +40,25 @@ def check_target(target: dict[str, float]) -> tuple[str, float, int, bool]:
     return kind, float(value), int(batch), bool(target.get('compiled'))
 
 
-def native_images(model: BaseModel, count: int = 1) -> torch.Tensor:
-    """Zeros of the size the model was built for, in its type."""
+def native_calls(
+    model: BaseModel, batch: int = 1
+) -> dict[str, Callable[[], object]]:
+    """Run the model, 'dense' and 'compressed', on zeros of the size it was
+    built for."""
     backbone = model.backbone
     vit = getattr(backbone, 'model', backbone)  # timm's with features_only
     size = getattr(backbone, 'img_size', None) or vit.patch_embed.img_size
-    return next(model.parameters()).new_zeros(count, 3, *to_2tuple(size))
+    images = next(model.parameters()).new_zeros(batch, 3, *to_2tuple(size))
+
+    @torch.no_grad()
+    def compressed() -> object:
+        return model(images, mode='tensor')
+
+    def dense() -> object:
+        with uncompressed(model):
+            return compressed()
+
+    return dict(dense=dense, compressed=compressed)
 
 
 def meet_target(model: BaseModel, target: dict[str, float]) -> float:
@@ -69,13 +83,20 @@ def meet_target(model: BaseModel, target: dict[str, float]) -> float:
     """
     kind, limit, batch, compiled = check_target(target)
     modules = require_compressible(model).values()
-    images = native_images(model, batch)
+    calls = native_calls(model, batch)
+    run = calls['compressed']
+    costs: dict[int, float] = {}
 
-    @torch.no_grad()
-    def run() -> None:
-        model(images, mode='tensor')
+    def set_keep(keep: float) -> None:
+        for module in modules:
+            module.compressor.set_keep(keep)
 
-    def cost() -> float:
+    def cost_at(step: int) -> float:
+        """Of a keep of step / 2048, 0 if that is out of reach."""
+        try:
+            set_keep(step / 2048)
+        except ValueError:
+            return 0.0
         if kind == 'latency_ms':
             if compiled:
                 torch._dynamo.reset()
@@ -86,27 +107,12 @@ def meet_target(model: BaseModel, target: dict[str, float]) -> float:
             value = count_macs(run) / 1e9
         value = torch.tensor(value, dtype=torch.float64)
         broadcast(value)
-        return value.item()
-
-    def set_keep(keep: float) -> None:
-        for module in modules:
-            module.compressor.set_keep(keep)
-
-    costs: dict[int, float] = {}
-
-    def cost_at(step: int) -> float:
-        """Of a keep of step / 2048, 0 if that is out of reach."""
-        try:
-            set_keep(step / 2048)
-        except ValueError:
-            return 0.0
-        costs[step] = cost()
+        costs[step] = value.item()
         return costs[step]
 
     with evaluating(model):
         if kind == 'share':
-            with uncompressed(model):
-                limit *= cost()
+            limit *= count_macs(calls['dense']) / 1e9
         set_keep(1.0)  # says why if no keep can be set at all
         if cost_at(2048) <= limit:
             return 1.0

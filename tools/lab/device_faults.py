@@ -21,13 +21,18 @@ DEVICE_FAULTS = (
     ),
     Fault(
         'engine/targets', 'latencies are of one image',
-        'images = native_images(model, batch)',
-        'images = native_images(model, 1)', TARGETS,
+        'calls = native_calls(model, batch)',
+        'calls = native_calls(model, 1)', TARGETS,
     ),
     Fault(
         'engine/targets', 'latencies are of eager mode',
         'torch.compile(run, dynamic=False) if compiled else run', 'run',
         TARGETS,
+    ),
+    Fault(
+        'engine/targets', 'compiled code has no result and leaves all out',
+        "return model(images, mode='tensor')",
+        "model(images, mode='tensor')", TARGETS,
     ),
     Fault(
         'cli/runs', 'mixed precision is float16 everywhere',
