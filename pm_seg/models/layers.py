@@ -114,12 +114,9 @@ def size_aware_attention(
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     # A mask costs nothing on a CPU. On accelerators it rules out the fastest
     # kernels; channels do not.
-    attend = (
-        attention_with_mask
-        if q.device.type == 'cpu'
-        else attention_with_channels
-    )
-    return attend(q, k, v, log_size, dropout)
+    if q.device.type == 'cpu':
+        return attention_with_mask(q, k, v, log_size, dropout)
+    return attention_with_channels(q, k, v, log_size, dropout)
 
 
 def attention_with_mask(
@@ -270,17 +267,17 @@ def encoder_shape(
     Each has its attention in ``attn``. Every weight matrix counts once per
     token, attention by its two products.
     """
-    attention, depth = layers[0].attn, len(layers)
-    if hasattr(attention, 'embed_dims'):
-        dims = attention.embed_dims
-        key_dims = dims // attention.num_heads
+    attn, depth = layers[0].attn, len(layers)
+    if hasattr(attn, 'embed_dims'):
+        dims = attn.embed_dims
+        key_dims = dims // attn.num_heads
     else:  # timm
-        dims, key_dims = attention.proj.out_features, attention.head_dim
+        dims, key_dims = attn.proj.out_features, attn.head_dim
     inside = sum(_matrices(layer.attn) for layer in layers)
     cost = LayerCost(
         inside / depth,
         (sum(map(_matrices, layers)) - inside) / depth,
-        2 * key_dims * attention.num_heads,
+        2 * key_dims * attn.num_heads,
     )
     return EncoderShape(
         depth, grid, num_prefix, dims, key_dims, cost, extra_dims
