@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core import Compressor, Outputs, make_compressor, run_dense
 from ..core.merging import Grid
 from .layers import HalvedLayer, encoder_shape
-from .loading import StrictLoading
+from .loading import State, StrictLoading
 
 
 def check_patches(size: Sequence[int], patch: Sequence[int]) -> None:
@@ -29,8 +29,7 @@ def check_out_indices(
 ) -> list[int]:
     """Numbers of layers, of which negative ones count from the end.
 
-    Raises:
-        ValueError: If there is no such layer among ``depth``.
+    Or ``ValueError`` if there is no such layer among ``depth``.
     """
     given = [out_indices] if isinstance(out_indices, int) else out_indices
     chosen = [i + depth if i < 0 else i for i in given]
@@ -40,10 +39,6 @@ def check_out_indices(
             'the layers of this model'
         )
     return chosen
-
-
-#: Entries that mean another model where they are unexpected.
-BACKBONE_KEYS = ('layers.', 'compressor.', 'patch_embed.', 'pos_embed')
 
 
 class CompressibleMixin(StrictLoading):
@@ -69,10 +64,6 @@ class CompressibleMixin(StrictLoading):
     ) -> None:
         """Create ``self.compressor`` from the user's ``compression`` dict,
         for another native grid if one is given.
-
-        Raises:
-            ValueError: On an unknown type, an unknown option or a value out
-                of range.
         """
         self.compressor = None
         if compression is not None:
@@ -106,35 +97,25 @@ class CompressibleMixin(StrictLoading):
         """Modules the values of each layer's attention pass through."""
         return [layer.attn.value_tap for layer in self.layers]
 
-    def _adapt_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str
-    ) -> None:
+    def _adapt_state_dict(self, state_dict: State, prefix: str) -> None:
         """Let a dense checkpoint leave the compressor as it is."""
         super()._adapt_state_dict(state_dict, prefix)
         start = f'{prefix}compressor.'
-        if not any(key.startswith(start) for key in state_dict):
-            for key, value in self.state_dict(prefix=prefix).items():
-                if key.startswith(start):
-                    state_dict[key] = value
+        if self.compressor is not None and not any(
+            key.startswith(start) for key in state_dict
+        ):
+            state_dict.update(self.compressor.state_dict(prefix=start))
 
 
 class StockBackbone(CompressibleMixin):
     """For backbones of mmseg and mmpretrain: the stock class builds one, and
     its layers become ours.
-
-    Args:
-        *args, **kwargs: Those of the stock class.
-        out_indices (int | Sequence[int]): Layers whose outputs are returned,
-            negative ones count from the end. Defaults to -1.
-        compression (dict, optional): See :func:`pm_seg.core.make_compressor`.
-            Defaults to None, the dense model.
-
-    Raises:
-        ValueError: On an argument the stock class has not or refuses.
     """
 
     stock: type[nn.Module]
     layer_class: type[HalvedLayer]
+
+    own_keys = ('layers.', 'compressor.', 'patch_embed.', 'pos_embed')
 
     def __init__(
         self,
@@ -151,6 +132,25 @@ class StockBackbone(CompressibleMixin):
         self.out_indices = check_out_indices(out_indices, len(self.layers))
         self.adopt(compression)
 
+    def _check_arguments(self, given: Mapping[str, object]) -> None:
+        known = {
+            name
+            for base in self.stock.__mro__
+            for name in inspect.signature(base.__init__).parameters
+        }
+        unknown = sorted(given.keys() - known)
+        if unknown:
+            name, stock = type(self).__name__, self.stock.__name__
+            package = self.stock.__module__.split('.')[0]
+            remedy = 'leave out what belongs to another backbone'
+            if stock == 'VisionTransformer':  # of both packages
+                other = 'mmpretrain' if package == 'mmseg' else 'mmseg'
+                remedy += f", or write type='{other}.{name}'"
+            raise ValueError(
+                f'{package}.{name} has no argument {", ".join(unknown)}; it '
+                f'takes those of {package}.{stock}: {remedy}'
+            )
+
     def adopt(self, compression: dict | None) -> None:
         """Let what the stock class built run compressed."""
         check_patches(
@@ -160,6 +160,16 @@ class StockBackbone(CompressibleMixin):
             self.layer_class.adopt(layer)
         self.build_compressor(compression)
 
+    def run_to_outputs(
+        self, x: Tensor, grid: Grid, extra: Tensor | None = None
+    ) -> Outputs:
+        """:meth:`run_layers` for ``out_indices``, with the final norm."""
+        found = self.run_layers(x, grid, self.out_indices, extra)
+        last = len(self.layers) - 1
+        if self.final_norm and last in found.layers:
+            found.layers[last] = self.norm1(found.layers[last])
+        return found
+
     def train(self, mode: bool = True) -> nn.Module:
         super().train(mode)  # returns nothing
         return self
@@ -168,22 +178,3 @@ class StockBackbone(CompressibleMixin):
         """Initialise, or load ``init_cfg=dict(type='Pretrained', ...)``."""
         if not self.load_pretrained():
             super().init_weights()
-
-    def _check_arguments(self, given: Mapping[str, object]) -> None:
-        known = {
-            name
-            for base in self.stock.__mro__
-            for name in inspect.signature(base.__init__).parameters
-        }
-        unknown = sorted(set(given) - known)
-        if unknown:
-            name, stock = type(self).__name__, self.stock.__name__
-            package = self.stock.__module__.split('.')[0]
-            remedy = 'leave out what belongs to another backbone'
-            if stock == 'VisionTransformer':  # of both packages
-                other = {'mmseg': 'mmpretrain', 'mmpretrain': 'mmseg'}
-                remedy += f", or write type='{other[package]}.{name}'"
-            raise ValueError(
-                f'{package}.{name} has no argument {", ".join(unknown)}; it '
-                f'takes those of {package}.{stock}: {remedy}'
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -68,6 +68,10 @@ class DistillationMixin:
     plain: str
     head_name: str
 
+    #: From features, logits and data samples to losses of labels, with
+    #: 'loss' in their names, and metrics.
+    hard_losses: Callable[[tuple, Tensor, list], dict[str, Tensor]]
+
     def __init__(self, *, teacher: dict | None = None, **config) -> None:
         # Options that have no part in the teacher's logits are left out.
         parts = ('backbone', 'neck', self.head_name)
@@ -97,12 +101,9 @@ class DistillationMixin:
             )
 
     def load_teacher(self, default_checkpoint: str | None = None) -> None:
-        """Build the teacher and load its weights.
+        """Build the teacher and load its weights, or raise ``RuntimeError``.
 
         ``default_checkpoint`` is used if ``teacher`` names none.
-
-        Raises:
-            RuntimeError: If there is no checkpoint, or it does not fit.
         """
         if self.supervised_only or self._teacher is not None:
             return
@@ -125,6 +126,8 @@ class DistillationMixin:
             )
         try:
             missing = teacher.load_state_dict(state, strict=False).missing_keys
+            if missing:
+                raise RuntimeError(f'It lacks {missing[:8]}')
         except RuntimeError as error:
             raise RuntimeError(
                 f'the teacher checkpoint {path} is of another architecture '
@@ -132,12 +135,6 @@ class DistillationMixin:
                 'was compressed from, or set teacher.model to the config of '
                 f'the checkpoint. {error}'
             ) from None
-        if missing:
-            raise RuntimeError(
-                f'the teacher checkpoint {path} lacks {missing[:8]}; it must '
-                'be the dense model this one was compressed from, or set '
-                'teacher.model to its config'
-            )
         device = next(self.parameters()).device
         teacher.requires_grad_(False).eval().to(device)
         self._teacher = _Unregistered(teacher)
@@ -158,11 +155,7 @@ class DistillationMixin:
             self.supervised_only = previous
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
-        """``(1 - alpha) * losses from labels + alpha * soft-target loss``.
-
-        Raises:
-            RuntimeError: If there should be a teacher and is none.
-        """
+        """``(1 - alpha) * losses from labels + alpha * soft-target loss``."""
         if self.supervised_only:
             return super().loss(inputs, data_samples)
         if self.teacher is None:
@@ -173,35 +166,27 @@ class DistillationMixin:
             )
         features = self.extract_feat(inputs)
         logits = getattr(self, self.head_name)(features)
-        hard: dict[str, Tensor] = {}
-        if self.alpha < 1:
-            hard = self.hard_losses(features, logits, data_samples)
         with torch.no_grad():
-            features = self.teacher.extract_feat(inputs)
-            target = getattr(self.teacher, self.head_name)(features)
+            known = self.teacher.extract_feat(inputs)
+            target = getattr(self.teacher, self.head_name)(known)
         if target.shape[1] != logits.shape[1]:
             raise ValueError(
                 f'the teacher has {target.shape[1]} classes, expected the '
                 f'{logits.shape[1]} of this model; set teacher.model to one '
                 'with the same classes'
             )
-        losses = {
-            name: [v * (1 - self.alpha) for v in value]
-            if isinstance(value, list)
-            else value * (1 - self.alpha)
-            if 'loss' in name
-            else value
-            for name, value in hard.items()
-        }
+        losses: dict[str, Tensor] = {}
+        if self.alpha < 1:
+            losses = self.hard_losses(features, logits, data_samples)
+        share = 1 - self.alpha
+        for name, value in losses.items():
+            if 'loss' in name and isinstance(value, list):
+                losses[name] = [v * share for v in value]
+            elif 'loss' in name:
+                losses[name] = value * share
         soft = soft_target_loss(logits, target, self.tau)
         losses['loss_distill'] = self.alpha * soft
         return losses
-
-    def hard_losses(
-        self, features: tuple, logits: Tensor, data_samples: list
-    ) -> dict[str, Tensor]:
-        """Losses, with 'loss' in their names, and metrics from labels."""
-        raise NotImplementedError
 
     def _apply(self, *args, **kwargs) -> nn.Module:
         if self.teacher is not None:

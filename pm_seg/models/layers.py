@@ -22,30 +22,77 @@ def fused_attention(
     value_tap: nn.Module,
     log_size: Tensor | None = None,
     dropout: float = 0.0,
-    rotate: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Multi-head self-attention on ``F.scaled_dot_product_attention``.
+    """Attention of all heads from (B, T, 3 C), before the last projection.
 
-    Args:
-        qkv (Tensor): Queries, keys and values of all heads, (B, T, 3 C).
-        num_heads (int): Heads, each of D = C / heads channels.
-        value_tap (nn.Module): The values (B, heads, T, D) pass through it.
-        log_size (Tensor, optional): Added to the attention logits of each
-            key, (B, T): a token counts as often as the patches it stands for.
-        dropout (float): Rate on the attention weights. Defaults to 0.
-        rotate (Callable, optional): Of queries and of keys, (B, heads, T, D),
-            by their positions.
-
-    Returns:
-        Tensor: (B, T, C), before the output projection.
+    The values (B, heads, T, D) pass through ``value_tap``.
     """
     batch, tokens, _ = qkv.shape
     qkv = qkv.view(batch, tokens, 3, num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, D)
-    if rotate is not None:
-        q, k = rotate(q), rotate(k)
     out = size_aware_attention(q, k, value_tap(v), log_size, dropout)
     return out.transpose(1, 2).flatten(2)
+
+
+def attention(
+    attn: nn.Module,
+    x: Tensor,
+    log_size: Tensor | None = None,
+    rope: Tensor | None = None,
+    tap: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Attention of any kind of mmpretrain and timm.
+
+    Of normed tokens, (B, P+T, C) as the result. ``rope`` are sines and
+    cosines of the patch tokens, (T, 2D), (heads, T, 2D) or one more dimension
+    for the images. The values (B, heads, P+T, D) pass through ``value_tap``
+    of the attention if it has one, else ``tap``.
+    """
+    if attn.qkv is None:
+        parts = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    elif getattr(attn, 'q_bias', None) is None:
+        parts = attn.qkv(x).chunk(3, dim=2)
+    else:
+        zero = torch.zeros_like(attn.q_bias)
+        bias = torch.cat([attn.q_bias, zero, attn.v_bias])
+        parts = F.linear(x, attn.qkv.weight, bias).chunk(3, dim=2)
+    dims = parts[0].shape[2] // attn.num_heads
+    q, k, v = (part.unflatten(2, (-1, dims)).transpose(1, 2) for part in parts)
+    if hasattr(attn, 'q_norm'):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        half = getattr(attn, 'rotate_half', False)
+        q, k = (_rotate(part, rope, half).type_as(v) for part in (q, k))
+    tap = getattr(attn, 'value_tap', tap)
+    v = v if tap is None else tap(v)
+    if len(q[0]) > len(k[0]):  # several heads share keys and values
+        shared = len(q[0]) // len(k[0])
+        k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
+    drop = attn.attn_drop
+    rate = getattr(drop, 'p', drop) if attn.training else 0.0
+    out = size_aware_attention(q, k, v, log_size, rate)
+    out = out.transpose(1, 2).flatten(2)
+    if hasattr(attn, 'norm'):
+        out = attn.norm(out)
+    if getattr(attn, 'gate', None) is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def _rotate(x: Tensor, rope: Tensor, half: bool) -> Tensor:
+    """Rotate the patch tokens of (B, heads, P+T, D).
+
+    Pairs are of neighbouring channels, or of one from each ``half``.
+    """
+    first, rest = x.tensor_split([x.shape[2] - rope.shape[-2]], dim=2)
+    sin, cos = rope.chunk(2, dim=-1)
+    if half:
+        a, b = rest.chunk(2, dim=3)
+        turned = torch.cat([-b, a], dim=3)
+    else:
+        a, b = rest.unflatten(3, (-1, 2)).unbind(4)
+        turned = torch.stack([-b, a], dim=4).flatten(3)
+    return torch.cat([first, rest * cos + turned * sin], dim=2)
 
 
 def size_aware_attention(
@@ -55,26 +102,21 @@ def size_aware_attention(
     log_size: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention with ``log_size`` added to the logits of each key.
+    """``F.scaled_dot_product_attention`` that knows what tokens stand for.
 
     Args:
-        q, k, v (Tensor): (B, heads, T, D).
-        log_size (Tensor, optional): (B, T). None for plain attention.
+        q, k, v (Tensor): (B, heads, T, D), as the result.
+        log_size (Tensor, optional): (B, T), added to the logits of each key:
+            it counts as often as the patches it stands for.
         dropout (float): Rate on the attention weights. Defaults to 0.
-
-    Returns:
-        Tensor: (B, heads, T, D).
     """
     if log_size is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     # A mask costs nothing on a CPU. On accelerators it rules out the fastest
     # kernels; channels do not.
-    attend = (
-        attention_with_mask
-        if q.device.type == 'cpu'
-        else attention_with_channels
-    )
-    return attend(q, k, v, log_size, dropout)
+    if q.device.type == 'cpu':
+        return attention_with_mask(q, k, v, log_size, dropout)
+    return attention_with_channels(q, k, v, log_size, dropout)
 
 
 def attention_with_mask(
@@ -116,31 +158,22 @@ def attention_with_channels(
 
 
 def mean_keys(
-    x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    keys_alone: bool = False,
 ) -> Tensor:
     """Keys averaged over the heads, by one projection to a head's channels.
 
-    Args:
-        x (Tensor): Normed tokens, (B, T, C).
-        weight (Tensor): Of queries, keys and values, (3 C, C).
-        bias (Tensor, optional): The same, (3 C,).
-        num_heads (int): Heads.
-
-    Returns:
-        Tensor: (B, T, D).
+    Of normed tokens (B, T, C), by the weight (3 C, C) and bias (3 C,) of
+    queries, keys and values, or of ``keys_alone``; (B, T, D).
     """
-    bias = bias if bias is None else bias.chunk(3)[1]
-    return mean_heads(x, weight.chunk(3)[1], bias, num_heads)
-
-
-def mean_heads(
-    x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int
-) -> Tensor:
-    """:func:`mean_keys` by the weight (heads * D, C) and bias of keys."""
-    key = weight.unflatten(0, (num_heads, -1)).mean(0)
-    if bias is not None:
-        bias = bias.unflatten(0, (num_heads, -1)).mean(0)
-    return F.linear(x, key, bias)
+    parts = [weight] if bias is None else [weight, bias]
+    if not keys_alone:
+        parts = [part.chunk(3)[1] for part in parts]
+    parts = [part.unflatten(0, (num_heads, -1)).mean(0) for part in parts]
+    return F.linear(x, *parts)
 
 
 class PlainFFN(FFN):
@@ -166,11 +199,7 @@ class HalvedLayer:
 
     @classmethod
     def adopt(cls, layer: nn.Module) -> None:
-        """Make a stock layer one of these, in place.
-
-        Raises:
-            ValueError: If it is of another class.
-        """
+        """Make a stock layer one of these in place, or ``ValueError``."""
         stock = cls.__bases__[-1]
         if type(layer) is not stock:
             raise ValueError(
@@ -179,10 +208,6 @@ class HalvedLayer:
             )
         layer.__class__ = cls
         layer.attn.value_tap = nn.Identity()
-
-    def mean_keys(self, x: Tensor) -> Tensor:
-        qkv, heads = self.attn.qkv, self.attn.num_heads
-        return mean_keys(self.norm1(x), qkv.weight, qkv.bias, heads)
 
     def forward(
         self, x: Tensor, log_size: Tensor | None = None, *extra: Tensor
@@ -196,6 +221,13 @@ class HalvedLayer:
     def compute(self, x: Tensor, *args: Tensor | None) -> Tensor:
         """Both halves."""
         return self.feed_forward(self.attend(x, *args))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.ffn(self.norm2(x), identity=x)
+
+    def mean_keys(self, x: Tensor) -> Tensor:
+        qkv, heads = self.attn.qkv, self.attn.num_heads
+        return mean_keys(self.norm1(x), qkv.weight, qkv.bias, heads)
 
 
 class PMTransformerEncoderLayer(HalvedLayer, TransformerEncoderLayer):
@@ -218,17 +250,10 @@ class PMTransformerEncoderLayer(HalvedLayer, TransformerEncoderLayer):
         out = outer.proj_drop(attn.out_proj(out))
         return x + outer.dropout_layer(out)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.ffn(self.norm2(x), identity=x)
-
     def mean_keys(self, x: Tensor) -> Tensor:
-        attn = self.attn.attn
-        return mean_keys(
-            self.norm1(x),
-            attn.in_proj_weight,
-            attn.in_proj_bias,
-            attn.num_heads,
-        )
+        x, attn = self.norm1(x), self.attn.attn
+        weight, bias = attn.in_proj_weight, attn.in_proj_bias
+        return mean_keys(x, weight, bias, attn.num_heads)
 
 
 def encoder_shape(
@@ -242,17 +267,17 @@ def encoder_shape(
     Each has its attention in ``attn``. Every weight matrix counts once per
     token, attention by its two products.
     """
-    attention = layers[0].attn
-    if hasattr(attention, 'embed_dims'):
-        dims = attention.embed_dims
-        key_dims = dims // attention.num_heads
+    attn, depth = layers[0].attn, len(layers)
+    if hasattr(attn, 'embed_dims'):
+        dims = attn.embed_dims
+        key_dims = dims // attn.num_heads
     else:  # timm
-        dims, key_dims = attention.proj.out_features, attention.head_dim
-    depth, inside = len(layers), sum(_matrices(la.attn) for la in layers)
+        dims, key_dims = attn.proj.out_features, attn.head_dim
+    inside = sum(_matrices(layer.attn) for layer in layers)
     cost = LayerCost(
         inside / depth,
         (sum(map(_matrices, layers)) - inside) / depth,
-        2 * key_dims * attention.num_heads,
+        2 * key_dims * attn.num_heads,
     )
     return EncoderShape(
         depth, grid, num_prefix, dims, key_dims, cost, extra_dims

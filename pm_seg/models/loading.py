@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mmengine.logging import print_log
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import Tensor
 
 State = dict[str, Tensor]
@@ -18,18 +17,18 @@ class StrictLoading:
     misshapen entries.
     """
 
-    #: Prefixes of entries which mean another model if they are unexpected;
-    #: None for all.
-    own_keys: tuple[str, ...] | None = ('layers.',)
+    #: Prefixes of entries which mean another model if they are unexpected.
+    own_keys: tuple[str, ...] = ('',)
+
+    #: What helps against position embeddings of another shape.
+    position_remedy = ''
 
     def load_pretrained(self) -> bool:
         """Load the weights ``init_cfg=dict(type='Pretrained', ...)`` names.
 
-        Other than mmengine's own way, a checkpoint of a whole model is
-        accepted and one which does not fit raises ``RuntimeError``.
-
-        Returns:
-            bool: Whether ``init_cfg`` is of this type.
+        Other than mmengine's own way, it accepts a checkpoint of a whole
+        model and raises ``RuntimeError`` if one does not fit. False if
+        ``init_cfg`` is of another type.
         """
         cfg = self.init_cfg
         if not (isinstance(cfg, dict) and cfg.get('type') == 'Pretrained'):
@@ -40,24 +39,20 @@ class StrictLoading:
         state = dict(checkpoint.get('state_dict', checkpoint))
         state = _below(cfg.get('prefix', 'backbone.'), state) or state
         self._fit_pretrained(state)
-        result = self.load_state_dict(state, strict=False)
-        if result.unexpected_keys:
-            print_log(
-                f'{type(self).__name__} does not use these entries of '
-                f'{cfg["checkpoint"]}: {", ".join(result.unexpected_keys)}',
-                logger='current',
-            )
+        load_state_dict(self, state, strict=False, logger='current')
         return True
 
     def _fit_pretrained(self, state_dict: State) -> None:
         """Adapt pretrained weights to this model, in place."""
 
+    def _adapt_state_dict(self, state_dict: State, prefix: str) -> None:
+        """Add or convert entries before the check, in place."""
+
     def _load_from_state_dict(
         self, state_dict: State, prefix: str, *args, **kwargs
     ) -> None:
         self._adapt_state_dict(state_dict, prefix)
-        own, given = self.state_dict(), _below(prefix, state_dict)
-        problems = list(self._problems(own, given))
+        problems = list(self._problems(_below(prefix, state_dict)))
         if problems:
             shown = problems[:12]
             if len(problems) > 12:
@@ -74,13 +69,11 @@ class StrictLoading:
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _adapt_state_dict(self, state_dict: State, prefix: str) -> None:
-        """Add or convert entries before the check, in place."""
-
-    def _problems(self, own: State, given: State) -> Iterator[str]:
+    def _problems(self, given: State) -> Iterator[str]:
+        own = self.state_dict()
         known, found = (_below('compressor.', s) for s in (own, given))
         if found and not known.keys() & found.keys():
-            if known or self.own_keys is None:
+            if known or 'compressor.' not in self.own_keys:
                 yield (
                     'it was compressed in another way, or by pm_seg 0.1: load '
                     'the dense checkpoint, which runs compressed as it is, or '
@@ -92,31 +85,23 @@ class StrictLoading:
                     'give its config the compression=dict(...) it was made '
                     'with'
                 )
-            own, given = (
-                {k: v for k, v in s.items() if not k.startswith('compressor.')}
-                for s in (own, given)
-            )
+            return
+        remedies = {
+            'compressor': '; the compression was made for another grid '
+            '(img_size) or other num_groups',
+            'pos_embed': self.position_remedy,
+        }
         for key, value in own.items():
             expected = f'expected {tuple(value.shape)}'
             if key not in given:
                 yield f'{key}: missing, {expected}'
             elif given[key].shape != value.shape:
                 shape = tuple(given[key].shape)
-                remedy = self._shape_remedy(key)
+                remedy = remedies.get(key.split('.')[0], '')
                 yield f'{key}: shape {shape}, {expected}{remedy}'
         for key in given:
-            ours = self.own_keys is None or key.startswith(self.own_keys)
-            if key not in own and ours:
+            if key not in own and key.startswith(self.own_keys):
                 yield f'{key}: unexpected, the model has no such entry'
-
-    def _shape_remedy(self, key: str) -> str:
-        """What helps against another shape, to end a message with."""
-        if key.startswith('compressor.'):
-            return (
-                '; the compression was made for another grid (img_size) or '
-                'other num_groups'
-            )
-        return ''
 
 
 def _below(prefix: str, state: State) -> State:

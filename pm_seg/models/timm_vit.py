@@ -8,7 +8,7 @@ without.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NoReturn
 
@@ -42,6 +42,7 @@ class CompressedBlocks(TimmLayers, nn.Module):
         for index, block in enumerate(model.blocks):
             self.add_module(str(index), block)
         self.geometry = geometry(model)
+        self.with_cp = model.grad_checkpointing
         self.build_compressor(compression)
 
     @property
@@ -51,18 +52,14 @@ class CompressedBlocks(TimmLayers, nn.Module):
     def __len__(self) -> int:
         return self.depth
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        self.forward()
-
-    def __getitem__(self, index: int) -> nn.Module:
-        self.forward()
-
     def forward(self, *args, **kwargs) -> NoReturn:
         raise RuntimeError(
             'compressed blocks run as a whole, from the model '
             '(forward_features, forward_intermediates), not one by one; '
             'the blocks themselves are model.blocks.blocks'
         )
+
+    __getitem__ = __iter__ = forward
 
 
 class CompressedMixin:
@@ -110,9 +107,8 @@ class CompressedMixin:
         check_option('output_fmt', output_fmt, ('NCHW', 'NLC'))
         taken, _ = feature_take_indices(len(self.blocks), indices)
         found, grid = self._run(x, taken, attn_mask, is_causal)
-        outs = [found.layers[index] for index in sorted(found.layers)]
+        count, outs = self.num_prefix_tokens, found.layers.values()
         outs = [self.norm(out) if norm else out for out in outs]
-        count = self.num_prefix_tokens
         prefix = [out[:, :count] for out in outs]
         maps = [out[:, count:] for out in outs]
         if output_fmt == 'NCHW':
@@ -158,9 +154,8 @@ def embed(
 ) -> tuple[Tensor, Grid, Tensor | None]:
     """What the blocks of a timm model get for images (B, 3, H, W).
 
-    Returns:
-        tuple: Tokens (B, P+N, C), the grid (h, w), and the rotary position
-        tables, (N, 2D) or (L, heads, N, 2D), None if there are none.
+    Tokens (B, P+N, C), the grid (h, w), and the rotary position tables,
+    (N, 2D) or (L, heads, N, 2D), None if there are none.
     """
     size = tuple(int(length) for length in images.shape[-2:])
     grid = model.patch_embed.dynamic_feat_size(size)
@@ -182,10 +177,7 @@ def geometry(model: nn.Module) -> tuple[Grid, int, int]:
 def find_timm_vit(model: nn.Module) -> nn.Module | None:
     """The Vision Transformer that a timm model is, or takes features from.
 
-    None if it is not timm's.
-
-    Raises:
-        ValueError: If it is of another architecture.
+    None if it is not timm's; ``ValueError`` if of another architecture.
     """
     timm = sys.modules.get('timm')
     if timm is None:
@@ -206,12 +198,10 @@ def find_timm_vit(model: nn.Module) -> nn.Module | None:
 def compress_timm_vit(model: nn.Module, compression: dict) -> None:
     """Let what :func:`find_timm_vit` finds run compressed, in place.
 
-    Raises:
-        ValueError: If its parts are of an unknown kind or an option is wrong.
+    Or ``ValueError`` if its parts are of an unknown kind.
     """
     check_timm_vit(model)
     blocks = CompressedBlocks(model, compression)
-    blocks.with_cp = model.grad_checkpointing
     model.blocks = blocks.to(next(model.parameters()))
     model.__class__ = _compressed_class(type(model))
 

@@ -7,28 +7,61 @@ from contextlib import suppress
 
 import torch
 from mmengine.logging import print_log
-from mmpretrain.models.backbones import (
-    BEiTViT,
-    DeiT3,
-    DistilledVisionTransformer,
-    VisionTransformer,
-    ViTEVA02,
-)
+from mmpretrain.models.backbones import beit, deit, deit3, vit_eva02
+from mmpretrain.models.backbones import vision_transformer as vit
 from mmpretrain.models.utils import RotaryEmbeddingFast, resize_pos_embed
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
 from ...core import CLASSIFICATION
 from ...core.merging import Grid
-from ..compressible import BACKBONE_KEYS, StockBackbone, check_patches
-from .pretrain_layers import (
-    PMBEiTLayer,
-    PMDeiT3Layer,
-    PMEVA02Layer,
-    PMPretrainEncoderLayer,
-)
+from ..compressible import StockBackbone, check_patches
+from ..layers import HalvedLayer, attention
+from ..loading import State
 
-_OUTPUT_NORMS = ('ln1.', 'ln2.')
+
+class PMPretrainEncoderLayer(HalvedLayer, vit.TransformerEncoderLayer):
+    """Layer of ``VisionTransformer``."""
+
+    def attend(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+        out = self.attn.gamma1(attention(self.attn, self.norm1(x), log_size))
+        return x + self.attn.out_drop(out)
+
+
+class PMDeiT3Layer(HalvedLayer, deit3.DeiT3TransformerEncoderLayer):
+    """Layer of ``DeiT3``, where ``ln1`` serves both halves."""
+
+    norm1 = norm2 = property(lambda layer: layer.ln1)
+    attend = PMPretrainEncoderLayer.attend
+
+
+class PMBEiTLayer(HalvedLayer, beit.BEiTTransformerEncoderLayer):
+    """Layer of ``BEiTViT``."""
+
+    def attend(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
+        out = attention(self.attn, self.norm1(x), log_size)
+        return x + self.drop_path(_scaled(self.gamma_1, out))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        out = self.ffn(self.norm2(x))
+        return x + self.drop_path(_scaled(self.gamma_2, out))
+
+
+def _scaled(gamma: Tensor | None, out: Tensor) -> Tensor:
+    return out if gamma is None else gamma * out
+
+
+class PMEVA02Layer(HalvedLayer, vit_eva02.EVA02EndcoderLayer):
+    """Layer of ``ViTEVA02``; it takes a rotary table."""
+
+    def attend(
+        self, x: Tensor, log_size: Tensor | None, rope: Tensor
+    ) -> Tensor:
+        out = attention(self.attn, self.norm1(x), log_size, rope)
+        return x + self.drop_path(out)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PretrainBackbone(StockBackbone):
@@ -36,6 +69,10 @@ class PretrainBackbone(StockBackbone):
 
     layer_class = PMPretrainEncoderLayer
     default_compression = CLASSIFICATION
+    own_keys = (*StockBackbone.own_keys, 'dist_token')
+
+    #: Whether prefix tokens have positions, or come after them.
+    prefix_has_positions = True
 
     def __init__(
         self, *args, layer_cfgs: dict | Sequence[dict] | None = None, **kwargs
@@ -59,41 +96,30 @@ class PretrainBackbone(StockBackbone):
         extra_dims = 0 if rope is None else rope.shape[1]
         return grid, self.num_extra_tokens, extra_dims
 
-    @property
-    def own_keys(self) -> tuple[str, ...]:
-        if self.cls_token is None:
-            # As the base class, takes the checkpoint of one that has it.
-            return BACKBONE_KEYS
-        return (*BACKBONE_KEYS, 'cls_token', 'dist_token')
-
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Images (B, 3, H, W) to tokens (B, P+N, C), and the grid of N."""
-        x, grid = self._patches(images)
-        x = self._with_prefix(x)
-        if self.pos_embed is not None:
-            x = x + self._positions(grid, self.num_extra_tokens)
-        return self.drop_after_pos(x), grid
-
-    def _patches(self, images: Tensor) -> tuple[Tensor, Grid]:
         check_patches(
             images.shape[2:], self.patch_embed.projection.kernel_size
         )
         x, (height, width) = self.patch_embed(images)
-        return x, (int(height), int(width))
-
-    def _with_prefix(self, x: Tensor) -> Tensor:
+        grid = int(height), int(width)
         prefix = (self.cls_token, getattr(self, 'dist_token', None))
-        tokens = [t.expand(len(x), -1, -1) for t in prefix if t is not None]
-        return torch.cat([*tokens, x], dim=1)
-
-    def _positions(self, grid: Grid, num_extra: int) -> Tensor:
-        return resize_pos_embed(
-            self.pos_embed,
-            self.patch_resolution,
-            grid,
-            mode=self.interpolate_mode,
-            num_extra_tokens=num_extra,
-        )
+        prefix = [t.expand(len(x), -1, -1) for t in prefix if t is not None]
+        early = self.prefix_has_positions
+        if early:
+            x = torch.cat([*prefix, x], dim=1)
+        if self.pos_embed is not None:
+            x = x + resize_pos_embed(
+                self.pos_embed,
+                self.patch_resolution,
+                grid,
+                mode=self.interpolate_mode,
+                num_extra_tokens=self.num_extra_tokens if early else 0,
+            )
+        x = self.drop_after_pos(x)
+        if not early:
+            x = torch.cat([*prefix, x], dim=1)
+        return x, grid
 
     def rotary_table(self, grid: Grid) -> Tensor | None:
         """Of the patch tokens, (N, 2D), None if positions do not rotate."""
@@ -106,21 +132,16 @@ class PretrainBackbone(StockBackbone):
             for 'raw', (B, C, h, w) for 'featmap', else (B, C).
         """
         x, grid = self.embed(x)
-        rope = self.rotary_table(grid)
-        collected = self.run_layers(x, grid, self.out_indices, rope).layers
-        last = len(self.layers) - 1
-        if self.final_norm and last in collected:
-            collected[last] = self.ln1(collected[last])
+        found = self.run_to_outputs(x, grid, self.rotary_table(grid))
         return tuple(
-            self._format_output(collected[index], grid)
-            for index in sorted(collected)
+            self._format_output(out, grid) for out in found.layers.values()
         )
 
-    def _fit_pretrained(self, state_dict: dict[str, Tensor]) -> None:
+    def _fit_pretrained(self, state_dict: State) -> None:
         missing = {
             key: value
             for key, value in self.state_dict().items()
-            if key.startswith(_OUTPUT_NORMS) and key not in state_dict
+            if key.startswith(('ln1.', 'ln2.')) and key not in state_dict
         }
         if missing:
             print_log(
@@ -130,9 +151,7 @@ class PretrainBackbone(StockBackbone):
             )
         state_dict.update(missing)
 
-    def _adapt_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str
-    ) -> None:
+    def _adapt_state_dict(self, state_dict: State, prefix: str) -> None:
         super()._adapt_state_dict(state_dict, prefix)
         # The stock class would resize after the check; what it cannot resize
         # is reported there.
@@ -140,18 +159,17 @@ class PretrainBackbone(StockBackbone):
             with suppress(AssertionError):
                 self._prepare_pos_embed(state_dict, prefix)
 
-    def _shape_remedy(self, key: str) -> str:
-        if key == 'pos_embed':
-            return (
-                f'; it cannot be resized: {self.num_extra_tokens} prefix '
-                'tokens and a square grid of patches are expected. Two prefix '
-                'tokens are those of PMDistilledVisionTransformer'
-            )
-        return super()._shape_remedy(key)
+    @property
+    def position_remedy(self) -> str:
+        return (
+            f'; it cannot be resized: {self.num_extra_tokens} prefix '
+            'tokens and a square grid of patches are expected. Two prefix '
+            'tokens are those of PMDistilledVisionTransformer'
+        )
 
 
 @MODELS.register_module()
-class PMVisionTransformer(PretrainBackbone, VisionTransformer):
+class PMVisionTransformer(PretrainBackbone, vit.VisionTransformer):
     """mmpretrain's ``VisionTransformer`` with token compression.
 
     Takes all arguments of :class:`mmpretrain.models.VisionTransformer`, has
@@ -171,10 +189,8 @@ class PMVisionTransformer(PretrainBackbone, VisionTransformer):
     Args:
         *args, **kwargs: See the base class.
         out_indices (int | Sequence[int]): By keyword. Defaults to -1.
-        compression (dict, optional): ``type`` 'pm' (default), 'paper',
-            'tome' or 'algm' and the options of its class in
-            :mod:`pm_seg.core`, for example ``dict(keep=0.6)``. None is the
-            dense model. Defaults to None.
+        compression (dict, optional): See mmseg's
+            :class:`~pm_seg.models.PMVisionTransformer`. Defaults to None.
 
     Raises:
         ValueError: On an unknown ``arch``, layers out of range or unknown
@@ -188,7 +204,7 @@ class PMVisionTransformer(PretrainBackbone, VisionTransformer):
         ...         compression=dict(keep=0.6)))
     """
 
-    stock = VisionTransformer
+    stock = vit.VisionTransformer
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         x, grid = super().embed(images)
@@ -197,7 +213,7 @@ class PMVisionTransformer(PretrainBackbone, VisionTransformer):
 
 @MODELS.register_module()
 class PMDistilledVisionTransformer(
-    PretrainBackbone, DistilledVisionTransformer
+    PretrainBackbone, deit.DistilledVisionTransformer
 ):
     """mmpretrain's ``DistilledVisionTransformer`` with token compression.
 
@@ -206,24 +222,20 @@ class PMDistilledVisionTransformer(
     class, ``pre_norm`` is built but not applied.
     """
 
-    stock = DistilledVisionTransformer
+    stock = deit.DistilledVisionTransformer
 
 
 @MODELS.register_module()
-class PMDeiT3(PretrainBackbone, DeiT3):
+class PMDeiT3(PretrainBackbone, deit3.DeiT3):
     """mmpretrain's ``DeiT3``, see :class:`PMVisionTransformer`."""
 
-    stock = DeiT3
+    stock = deit3.DeiT3
     layer_class = PMDeiT3Layer
-
-    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        x, grid = self._patches(images)
-        x = self.drop_after_pos(x + self._positions(grid, 0))
-        return self._with_prefix(x), grid
+    prefix_has_positions = False
 
 
 @MODELS.register_module()
-class PMBEiTViT(PretrainBackbone, BEiTViT):
+class PMBEiTViT(PretrainBackbone, beit.BEiTViT):
     """mmpretrain's ``BEiTViT``, see :class:`PMVisionTransformer`.
 
     Without relative position bias: EVA.
@@ -232,7 +244,7 @@ class PMBEiTViT(PretrainBackbone, BEiTViT):
         ValueError: On relative position biases.
     """
 
-    stock = BEiTViT
+    stock = beit.BEiTViT
     layer_class = PMBEiTLayer
 
     def adopt(self, compression: dict | None) -> None:
@@ -247,10 +259,10 @@ class PMBEiTViT(PretrainBackbone, BEiTViT):
 
 
 @MODELS.register_module()
-class PMViTEVA02(PretrainBackbone, ViTEVA02):
+class PMViTEVA02(PretrainBackbone, vit_eva02.ViTEVA02):
     """mmpretrain's ``ViTEVA02``, see :class:`PMVisionTransformer`."""
 
-    stock = ViTEVA02
+    stock = vit_eva02.ViTEVA02
     layer_class = PMEVA02Layer
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:

@@ -16,6 +16,7 @@ from ...core.merging import Grid
 from ...registry import register
 from ..compressible import check_out_indices
 from ..features import FeatureMaps
+from ..loading import State
 from ..timm_layers import TimmLayers
 from ..timm_vit import (
     SUPPORTED,
@@ -26,7 +27,6 @@ from ..timm_vit import (
 )
 
 OUT_TYPES = ('featmap', 'featmap_cls', 'pooled')
-_POSITIONS = 'timm_model.pos_embed'
 
 
 @register('MODELS')
@@ -98,15 +98,18 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         check_option('out_type', out_type, OUT_TYPES)
-        self.img_size = to_2tuple(img_size)
+        self.img_size = tuple(to_2tuple(img_size))
         self.out_type = out_type
         self.norm = norm
         self.pretrained = pretrained
         self.with_cp = with_cp
         self._arguments = dict(
             model_name=model_name,
-            img_size=tuple(self.img_size),
+            img_size=self.img_size,
             drop_path_rate=drop_path_rate,
+            num_classes=0,
+            dynamic_img_size=True,
+            dynamic_img_pad=True,
             **(model_args or {}),
         )
         self.timm_model = vit = self._create()
@@ -135,13 +138,7 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
                 f'{", ".join(close)} are near, timm.list_models() has all'
             )
         try:
-            vit = timm.create_model(
-                num_classes=0,
-                dynamic_img_size=True,
-                dynamic_img_pad=True,
-                **source,
-                **self._arguments,
-            )
+            vit = timm.create_model(**self._arguments, **source)
         except TypeError as error:
             raise ValueError(
                 f'timm builds no {name} that takes images of any size '
@@ -169,9 +166,8 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
 
     @property
     def reads_prefix(self) -> bool:
-        return self.out_type == 'pooled' and (
-            self.timm_model.global_pool == 'token'
-        )
+        pooled = self.out_type == 'pooled'
+        return pooled and self.timm_model.global_pool == 'token'
 
     def forward(self, images: Tensor) -> FeatureMaps:
         """Extract features of images (B, 3, H, W), any H and W.
@@ -181,17 +177,16 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
             map and its class token (B, C), or (B, C), by ``out_type``.
         """
         x, grid, rope = embed(self.timm_model, images)
-        _, layers, groups = self.run_layers(x, grid, self.out_indices, rope)
-        outs = [self._format(layers[i], grid) for i in sorted(layers)]
-        return FeatureMaps(outs, groups)
+        found = self.run_layers(x, grid, self.out_indices, rope)
+        outs = [self._format(out, grid) for out in found.layers.values()]
+        return FeatureMaps(outs, found.groups)
 
     def _format(self, x: Tensor, grid: Grid) -> Tensor | list[Tensor]:
         vit = self.timm_model
         x = vit.norm(x)
         if self.out_type == 'pooled':
             return vit.forward_head(x, pre_logits=True)
-        out = x[:, vit.num_prefix_tokens :].mT
-        out = out.reshape(len(x), -1, *grid)
+        out = x[:, vit.num_prefix_tokens :].mT.reshape(len(x), -1, *grid)
         return [out, x[:, 0]] if self.out_type == 'featmap_cls' else out
 
     def _frozen(self) -> list[nn.Module | nn.Parameter]:
@@ -215,27 +210,25 @@ class PMTimmVisionTransformer(TimmLayers, BaseModule):
     def init_weights(self) -> None:
         """Initialise, or load what ``pretrained`` or ``init_cfg`` names."""
         if self.pretrained:
-            file = self.pretrained if self.pretrained is not True else None
-            overlay = dict(file=str(file)) if file else None
+            file = self.pretrained
+            overlay = None if file is True else dict(file=str(file))
             vit = self._create(pretrained=True, pretrained_cfg_overlay=overlay)
             self.timm_model.load_state_dict(vit.state_dict())
         elif not self.load_pretrained():
             super().init_weights()
 
-    def _adapt_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str
-    ) -> None:
+    @torch.no_grad()
+    def _adapt_state_dict(self, state_dict: State, prefix: str) -> None:
         """Resample a position embedding of another image size."""
         super()._adapt_state_dict(state_dict, prefix)
-        vit, key = self.timm_model, prefix + _POSITIONS
+        vit, key = self.timm_model, f'{prefix}timm_model.pos_embed'
         own, given = getattr(vit, 'pos_embed', None), state_dict.get(key)
         if own is None or given is None or own.shape == given.shape:
             return
         from timm.layers import resample_abs_pos_embed
 
-        grid = vit.patch_embed.grid_size
+        grid = list(vit.patch_embed.grid_size)
         prefixes = own.shape[1] - grid[0] * grid[1]
-        with torch.no_grad():
-            state_dict[key] = resample_abs_pos_embed(
-                given, list(grid), num_prefix_tokens=prefixes
-            )
+        state_dict[key] = resample_abs_pos_embed(
+            given, grid, num_prefix_tokens=prefixes
+        )

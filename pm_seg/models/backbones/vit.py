@@ -9,11 +9,10 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from ...core.merging import Grid
-from ..compressible import BACKBONE_KEYS, StockBackbone
+from ..compressible import StockBackbone
 from ..features import FeatureMaps
 from ..layers import PMTransformerEncoderLayer
-
-_PATCH_BIAS = 'patch_embed.projection.bias'
+from ..loading import State
 
 
 @MODELS.register_module()
@@ -53,7 +52,6 @@ class PMVisionTransformer(StockBackbone, VisionTransformer):
 
     stock = VisionTransformer
     layer_class = PMTransformerEncoderLayer
-    own_keys = (*BACKBONE_KEYS, 'cls_token')
 
     def __init__(self, *args, patch_bias: bool = True, **kwargs) -> None:
         super().__init__(*args, patch_bias=patch_bias, **kwargs)
@@ -92,15 +90,12 @@ class PMVisionTransformer(StockBackbone, VisionTransformer):
         """
         x, grid = self.embed(inputs)
         outs = [self.to_map(x, grid)] if self.out_origin else []
-        _, collected, groups = self.run_layers(x, grid, self.out_indices)
-        last = len(self.layers) - 1
-        if self.final_norm and last in collected:
-            collected[last] = self.norm1(collected[last])
-        for index in sorted(collected):
-            outs.append(self.to_map(collected[index], grid))
-        return FeatureMaps(outs, groups)
+        found = self.run_to_outputs(x, grid)
+        for out in found.layers.values():
+            outs.append(self.to_map(out, grid))
+        return FeatureMaps(outs, found.groups)
 
-    def _fit_pretrained(self, state_dict: dict[str, Tensor]) -> None:
+    def _fit_pretrained(self, state_dict: State) -> None:
         """Resize the position embedding of a square grid to this model's."""
         pos_embed = state_dict.get('pos_embed')
         if pos_embed is None or pos_embed.shape == self.pos_embed.shape:
@@ -116,15 +111,15 @@ class PMVisionTransformer(StockBackbone, VisionTransformer):
             pos_embed, grid, (side, side), self.interpolate_mode
         )
 
-    def _adapt_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str
-    ) -> None:
+    def _adapt_state_dict(self, state_dict: State, prefix: str) -> None:
         foreign = not any('compressor.' in key for key in state_dict)
         super()._adapt_state_dict(state_dict, prefix)
-        bias, key = self.patch_embed.projection.bias, prefix + _PATCH_BIAS
-        if bias is not None and key not in state_dict:
-            state_dict[key] = torch.zeros_like(bias)
-        elif bias is not None and foreign and state_dict[key].any():
+        bias = self.patch_embed.projection.bias
+        if bias is None:
+            return
+        key = f'{prefix}patch_embed.projection.bias'
+        given = state_dict.setdefault(key, torch.zeros_like(bias))
+        if foreign and given.any():
             print_log(
                 'The bias of the patch embedding in the checkpoint is used. '
                 'VisionTransformer of mmseg >= 1.2 drops it, unless it has '
@@ -132,11 +127,10 @@ class PMVisionTransformer(StockBackbone, VisionTransformer):
                 logger='current',
             )
 
-    def _shape_remedy(self, key: str) -> str:
-        if key == 'pos_embed':
-            return (
-                f'; set img_size to that of the checkpoint, got img_size='
-                f'{tuple(self.img_size)}, or load it as '
-                "init_cfg=dict(type='Pretrained', ...), which resizes"
-            )
-        return super()._shape_remedy(key)
+    @property
+    def position_remedy(self) -> str:
+        return (
+            f'; set img_size to that of the checkpoint, got img_size='
+            f'{tuple(self.img_size)}, or load it as '
+            "init_cfg=dict(type='Pretrained', ...), which resizes"
+        )

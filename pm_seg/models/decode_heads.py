@@ -10,9 +10,9 @@ from mmseg.models.decode_heads import SegmenterMaskTransformerHead
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from ...core import run_dense
-from ..layers import PMTransformerEncoderLayer
-from ..loading import StrictLoading
+from ..core import run_dense
+from .layers import PMTransformerEncoderLayer
+from .loading import StrictLoading
 
 
 @MODELS.register_module()
@@ -32,8 +32,6 @@ class PMSegmenterMaskTransformerHead(
         follow_groups (bool): Whether to run on the backbone's groups.
             Defaults to True.
     """
-
-    own_keys = None
 
     def __init__(self, *args, follow_groups: bool = True, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -6,7 +6,7 @@ from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS
 from torch import Tensor
 
-from ..distillation import DistillationMixin
+from .distillation import DistillationMixin
 
 
 @MODELS.register_module()

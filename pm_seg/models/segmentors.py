@@ -7,7 +7,7 @@ from mmseg.registry import MODELS
 from mmseg.utils import add_prefix
 from torch import Tensor
 
-from ..distillation import DistillationMixin
+from .distillation import DistillationMixin
 
 
 @MODELS.register_module()

@@ -1,3 +1,0 @@
-from .distilled_image_classifier import DistilledImageClassifier
-
-__all__ = ['DistilledImageClassifier']

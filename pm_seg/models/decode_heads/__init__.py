@@ -1,3 +1,0 @@
-from .segmenter_mask_head import PMSegmenterMaskTransformerHead
-
-__all__ = ['PMSegmenterMaskTransformerHead']

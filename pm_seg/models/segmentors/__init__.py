@@ -1,3 +1,0 @@
-from .distilled_encoder_decoder import DistilledEncoderDecoder
-
-__all__ = ['DistilledEncoderDecoder']
