@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
+from mmcv.cnn.bricks.drop import DropPath
 from mmcv.cnn.bricks.transformer import FFN
 from mmseg.models.backbones.vit import TransformerEncoderLayer
 from torch import Tensor, nn
@@ -208,6 +209,9 @@ class HalvedLayer:
             )
         layer.__class__ = cls
         layer.attn.value_tap = nn.Identity()
+        for part in layer.modules():
+            if isinstance(part, DropPath):  # of numpy: not to be compiled
+                part.drop_prob = float(part.drop_prob)
 
     def forward(
         self, x: Tensor, log_size: Tensor | None = None, *extra: Tensor

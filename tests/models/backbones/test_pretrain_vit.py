@@ -206,6 +206,16 @@ def test_layer_cost(options: dict) -> None:
     assert count_macs(lambda: layers[0](x)) == cost(29)
 
 
+@pytest.mark.parametrize('kind', BACKBONES)
+@torch.no_grad()
+def test_compiles_as_one_graph(kind: str) -> None:
+    torch._dynamo.reset()
+    model = build(kind=kind, drop_path_rate=0.1).eval()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
+
+
 def test_activation_checkpointing() -> None:
     saving = build(out_type='raw', layer_cfgs=dict(with_cp=True))
     plain = build(out_type='raw')
