@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,15 +138,6 @@ class TokenGroups:
         return spread_rows(z, self.place)
 
 
-class Step(NamedTuple):
-    """A merge that was done: see :meth:`Merge.restore`."""
-
-    before: Tensor
-    merged: Tensor
-    merge: Merge
-    gain: Tensor
-
-
 class Chain:
     """Tokens on their way through the layers, and the merges on that way.
 
@@ -162,7 +152,8 @@ class Chain:
         size (Tensor): Patches each stands for, float32, (B, P+T, 1).
         log_size (Tensor): For attention, (B, P+T); None as long as all stand
             for one, or layers are not to know.
-        steps (list[Step]): Merges so far.
+        steps (list): Merges so far; with each what merged, what it became,
+            and the gain, see :meth:`Merge.restore`.
     """
 
     def __init__(
@@ -177,7 +168,7 @@ class Chain:
         self._rows: Tensor | None = None  # extra of merged tokens
         self.size = torch.ones(*x.shape[:2], 1, device=x.device)
         self.log_size: Tensor | None = None
-        self.steps: list[Step] = []
+        self.steps: list[tuple[Merge, Tensor, Tensor, Tensor]] = []
 
     @property
     def tokens(self) -> int:
@@ -200,7 +191,7 @@ class Chain:
                 self._rows = rows.expand(len(before), -1, -1)
             self._rows = merge.mean(self._rows, share)
         gain = torch.where(self.size != start, gain, 1.0)
-        self.steps.append(Step(before, self.x, merge, gain))
+        self.steps.append((merge, before, self.x, gain))
 
     def inputs_of(self, layer: int) -> tuple[Tensor | None, ...]:
         """What a layer is called with: tokens, their sizes, their extras.
@@ -220,7 +211,7 @@ class Chain:
     def restored(self, kind: str) -> Tensor:
         """All tokens as they are now, (B, P+N, C), by one of RESTORES."""
         x = self.x
-        for before, merged, merge, gain in reversed(self.steps):
+        for merge, before, merged, gain in reversed(self.steps):
             if kind == 'residual':
                 x = merge.restore(before, merged, x, gain)
             else:
@@ -231,5 +222,5 @@ class Chain:
         """What the tokens are groups of, None as long as all are alone."""
         if not self.steps:
             return None
-        merges = [step.merge for step in self.steps]
+        merges = [step[0] for step in self.steps]
         return TokenGroups(merges, self.size, self.num_prefix)

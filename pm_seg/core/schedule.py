@@ -9,7 +9,7 @@ from numbers import Real
 
 from .compressor import EncoderShape, LayerLoad, check_option, check_share
 from .merging import Grid
-from .similarity import COMPARES, WINDOW, compared_dims
+from .similarity import COMPARES, WINDOW
 
 FLOOR = 0.1  # share of the patch tokens that is always left
 WHOLE = 1_000_000  # shares are millionths
@@ -94,7 +94,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_option('schedule', self.kind, tuple(SCHEDULES))
-        check_option('compare', self.compare, COMPARES)
+        check_option('compare', self.compare, tuple(COMPARES))
         check_option('first', self.first, range(self.shape.depth))
         if not isinstance(self.power, Real) or not self.power > 0:
             raise ValueError(f'power={self.power!r} must be a number above 0')
@@ -172,7 +172,7 @@ class Schedule:
         merging and restoring included."""
         shape, loads = self.shape, []
         before, prefix, dims = shape.num_tokens, shape.num_prefix, shape.dims
-        compared, found = compared_dims(self.compare, dims, shape.key_dims)
+        compared, found = COMPARES[self.compare](dims, shape.key_dims)
         for layer, after in enumerate(self.tokens(shares, shape.grid)):
             attended = before if self.between else after
             merged = after < shape.num_tokens

@@ -10,17 +10,14 @@ from .merging import Grid, Merge
 
 SKETCH = 64  # channels that tokens are compared in
 WINDOW = 4  # tokens of a window
-COMPARES = ('sketch', 'keys', 'tokens')
 
-
-def compared_dims(compare: str, dims: int, key_dims: int) -> tuple[int, int]:
-    """Channels that tokens are compared in, and the MACs to find them of one,
-    by one of COMPARES, for C channels and those of a key."""
-    return {
-        'sketch': (sketch_dims(dims), dims),
-        'keys': (key_dims, dims * key_dims),
-        'tokens': (dims, 0),
-    }[compare]
+#: Channels that tokens are compared in, and the MACs to find them of one, for
+#: C channels and those of a key.
+COMPARES = {
+    'sketch': lambda dims, key_dims: (sketch_dims(dims), dims),
+    'keys': lambda dims, key_dims: (key_dims, dims * key_dims),
+    'tokens': lambda dims, key_dims: (dims, 0),
+}
 
 
 def sketch_dims(dims: int) -> int:

@@ -327,8 +327,7 @@ class StaticCompressor(Compressor):
         return Outputs(x, collected)
 
     def token_maps(self, grid: Grid) -> list[TokenMap | DenseTokenMap | None]:
-        """The token map of each layer on a grid of patches (h, w), None where
-        it runs on all tokens."""
+        """Token map of each layer on a grid (h, w), None if on all tokens."""
         maps, prefix = [], self.shape.num_prefix
         for layer, count in enumerate(self._known_counts()):
             group = self.group[layer]

@@ -67,11 +67,8 @@ def count_groups(
     group: Tensor, layers: Sequence[int], expected: Sequence[int]
 ) -> list[int]:
     """Groups of each layer, (L, N), in those not compressed as many as
-    tokens; ``expected`` of each compressed one, none for any number.
-
-    Raises:
-        ValueError: If groups are not numbered 0..K-1, or not as expected.
-    """
+    tokens, or ``ValueError`` if they are not numbered 0..K-1, or not as many
+    as ``expected`` of each compressed one, if any."""
     counts = [group.shape[1]] * len(group)
     for index, layer in enumerate(layers):
         used = group[layer].unique()
@@ -131,8 +128,7 @@ def count_tokens(
 
     Returns:
         tuple[list[int], list[int]]: Centres of each layer, 0 where no score
-        reaches a global threshold; centres and merged tokens (all but the
-        pruned ones) of each layer.
+        reaches a global threshold; all but the pruned tokens of each layer.
     """
     depth, tokens = scores.shape
     pool, rows = scores, 1
@@ -191,8 +187,7 @@ def group_weights(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     disjoint supports: ``r_n = m_n / sum_{j in group} m_j^2``.
 
     Args:
-        scores (Tensor): Normalised, (N,). Of a group of zeros all count
-            alike.
+        scores (Tensor): Normalised, (N,). Of a group of zeros all count alike.
         group (Tensor): Group of each token, -1 if pruned, int64, (N,).
 
     Returns:
