@@ -8,20 +8,19 @@ depth and are restored at the end) and :mod:`~pm_seg.core.merging` (how).
 from .compressor import (
     Compressor,
     EncoderShape,
+    GroupRecorder,
     Layer,
     LayerCost,
     LayerLoad,
     Outputs,
     run_dense,
 )
-from .groups import TokenGroups
 from .importance import ImportanceFitter
-from .merging import Merge
-from .observe import GroupRecorder
+from .merging import Merge, TokenGroups
 from .presets import CLASSIFICATION, PRESETS, make_compressor
 from .progressive import ProgressiveCompressor
 from .scores import ScoreRecorder, value_gradient_scores
-from .similarity import match
+from .similarity import match, match_windows
 from .static import StaticCompressor
 from .structure import (
     count_tokens,
@@ -30,7 +29,6 @@ from .structure import (
     row_window_groups,
 )
 from .token_map import DenseTokenMap, TokenMap
-from .windows import match_windows
 
 __all__ = [
     'CLASSIFICATION',

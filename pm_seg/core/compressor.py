@@ -13,27 +13,19 @@ from torch import Tensor, nn
 from .merging import Grid, TokenGroups
 from .rows import extra_of
 
-#: Gets layers, the group of each of their patch tokens, int64, (B or 1, N),
-#: None where all are on their own, and the grid; in the order they run.
-Observer = Callable[[tuple[int, ...], Tensor | None, Grid], None]
-
 
 class Layer(Protocol):
-    """What a compressor needs of a transformer layer.
-
-    The layer itself, its two halves where tokens merge in between, as in
-    ToMe, and ``mean_keys`` to compare tokens.
+    """What a compressor needs of a transformer layer: itself, its halves where
+    tokens merge in between, as in ToMe, and ``mean_keys`` to compare tokens.
     """
 
     def __call__(
         self, x: Tensor, log_size: Tensor | None = None, *extra: Tensor
     ) -> Tensor:
-        """Run the layer on tokens (B, T, C).
-
-        ``log_size``, float32, (B, T), is added to the attention logits of
-        each key: a token counts as often as the patches it stands for.
-        ``extra`` is what :meth:`Compressor.run` has for these tokens.
-        """
+        """Run the layer on tokens (B, T, C). ``log_size``, float32, (B, T),
+        is added to the attention logits of each key: a token counts as often
+        as the patches it stands for. ``extra`` is what
+        :meth:`Compressor.run` has for these tokens."""
 
     def attend(
         self, x: Tensor, log_size: Tensor | None = None, *extra: Tensor
@@ -135,22 +127,20 @@ class Outputs(NamedTuple):
 
 
 class Compressor(nn.Module):
-    """Runs the layers of a transformer on fewer tokens.
-
-    Args:
-        shape (EncoderShape): The transformer.
-    """
+    """Runs the layers of a transformer, an EncoderShape, on fewer tokens."""
 
     #: Whether there is no structure without gradient-weighted scores.
     needs_scores = False
+
+    #: What :meth:`run` does where it compresses, with the same arguments.
+    _run: Callable[..., Outputs]
 
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
         self.shape = shape
         self._enabled = True
-        #: Called while the layers run, see
-        #: :class:`~pm_seg.core.observe.GroupRecorder`.
-        self.observer: Observer | None = None
+        #: Sees the groups of each layer, in the order they run.
+        self.observer: GroupRecorder | None = None
 
     @property
     def has_structure(self) -> bool:
@@ -171,8 +161,7 @@ class Compressor(nn.Module):
 
     def set_keep(self, keep: float) -> None:
         """Make the layers cost this share of the dense layers' MACs, or raise
-        ``ValueError`` if it is out of reach.
-        """
+        ``ValueError`` if it is out of reach."""
         raise NotImplementedError
 
     def set_grid(self, grid: Grid) -> None:
@@ -211,8 +200,7 @@ class Compressor(nn.Module):
             layers (Sequence[Layer]): ``depth`` of them.
             x (Tensor): (B, P+N, C).
             grid (tuple[int, int]): Patch rows and columns, N = h * w; any.
-            outputs (Collection[int]): Layers after which all tokens are
-                wanted.
+            outputs (Collection[int]): Layers whose outputs are wanted too.
             extra (Tensor, optional): What layers take beside each patch
                 token, such as rotary position tables: (N, E), the same for
                 all layers, or (L, heads, N, E). Merged tokens get the mean of
@@ -232,19 +220,45 @@ class Compressor(nn.Module):
             )
         return self._run(layers, x, grid, outputs, extra)
 
-    def _run(
-        self,
-        layers: Sequence[Layer],
-        x: Tensor,
-        grid: Grid,
-        outputs: Collection[int],
-        extra: Tensor | None,
-    ) -> Outputs:
-        raise NotImplementedError
+
+class GroupRecorder:
+    """Context manager that keeps the groups of the last forward pass.
+
+    Args:
+        compressor (Compressor): What to watch.
+
+    Attributes:
+        grid (tuple[int, int]): Patch rows and columns (h, w) of the images
+            seen last, None before.
+        groups (list[Tensor]): Group of each patch token in each layer, int64,
+            (B or 1, N), -1 if pruned; N groups where it runs on all tokens.
+
+    Example:
+        >>> with GroupRecorder(model.backbone.compressor) as recorder:
+        ...     model(images, mode='tensor')
+        >>> recorder.groups[3].shape
+    """
+
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+        self.grid: Grid | None = None
+        self.groups: list[Tensor] = []
+
+    def __enter__(self) -> GroupRecorder:
+        self.compressor.observer = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.compressor.observer = None
 
     @torch.compiler.disable
-    def _observe(self, layer: int, group: Tensor | None, grid: Grid) -> None:
-        self.observer((layer,), group, grid)
+    def _see(self, layer: int, group: Tensor | None, grid: Grid) -> None:
+        """Groups (B or 1, N), None where all tokens are on their own."""
+        if layer == 0:
+            self.grid, self.groups = grid, []
+        if group is None:
+            group = torch.arange(grid[0] * grid[1])[None]
+        self.groups.append(group.detach().cpu())
 
 
 def run_dense(

@@ -1,21 +1,19 @@
 """Which tokens matter, from what they look like to a layer.
 
-The paper scores a token by its gradient-weighted attention
-(:mod:`~pm_seg.core.scores`): position by position, averaged over images. For
-groups that follow the image the same score is predicted from the token
-itself, by ridge regression of its logarithm on the normed token::
+The paper scores positions by gradient-weighted attention, averaged over images
+(:mod:`~pm_seg.core.scores`). For groups that follow the image the same score
+is predicted from the token itself, by ridge regression on the normed token::
 
     log score(x) ~ <direction, layer_norm(x)> + constant of the image
 
 Pairs of important tokens then merge later: their dissimilarity is multiplied
-by both scores to the power of a strength (:func:`predicted_scores`,
-:func:`~pm_seg.core.similarity.match`).
+by both scores to the power of a strength.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +21,12 @@ from torch import Tensor, nn
 
 from .scores import GradientWatcher, value_gradient_scores
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 _FLOOR = 1e-4  # of the image's mean score: silent tokens have a logarithm too
 
 
 def predicted_scores(x: Tensor, direction: Tensor) -> Tensor:
-    """Of patch tokens, float32, 1 in the geometric mean of an image.
-
-    Args:
-        x (Tensor): (B, T, C).
-        direction (Tensor): Of :meth:`ImportanceFitter.directions`, times a
-            strength, (C,).
-
-    Returns:
-        Tensor: (B, T).
-    """
+    """Of patch tokens (B, T, C), float32, (B, T), 1 in the geometric mean of
+    an image; by a direction of the fitter times a strength, (C,)."""
     score = (F.layer_norm(x.float(), x.shape[2:]) * direction).sum(2)
     return (score - score.mean(1, keepdim=True)).exp()
 
@@ -50,7 +37,7 @@ class ImportanceFitter(GradientWatcher):
     Use as a context manager around ``loss.backward()`` calls of the
     uncompressed model::
 
-        with ImportanceFitter(blocks, taps, num_prefix=1) as fitter:
+        with ImportanceFitter(blocks, taps, num_prefix=1, dims=384) as fitter:
             for images, labels in batches:
                 loss_fn(model(images), labels).backward()
         compressor.set_importance(0.1, fitter.directions())
@@ -82,15 +69,15 @@ class ImportanceFitter(GradientWatcher):
         self.cross = torch.zeros(len(blocks), dims, dtype=torch.float64)
         self._inputs: dict[int, Tensor] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ImportanceFitter:
         for layer, block in enumerate(self.blocks):
-
-            def keep(module, args, layer=layer) -> None:
-                self._inputs[layer] = args[0].detach()
-
-            self._hooks.enter_context(block.register_forward_pre_hook(keep))
-        self._hooks.callback(self._inputs.clear)
+            keep = partial(self._keep, layer)
+            self.enter_context(block.register_forward_pre_hook(keep))
+        self.callback(self._inputs.clear)
         return super().__enter__()
+
+    def _keep(self, layer: int, block: nn.Module, args: Sequence) -> None:
+        self._inputs[layer] = args[0].detach()
 
     @torch.no_grad()
     def _record(self, layer: int, value: Tensor, grad: Tensor) -> None:

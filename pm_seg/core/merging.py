@@ -1,7 +1,7 @@
 """Merging similar tokens of each image, and undoing it.
 
-A :class:`Merge` takes T patch tokens of each image to K and back; the P prefix
-tokens in front never take part::
+T patch tokens of each image go to K and back; the P prefix tokens in front
+never take part::
 
     merge     z_k = sum s_n x_n / sum s_n          over the members of group k
     restore   x'_n = x_n + r_k (y_k - z_k)         y: what layers made of z
@@ -9,20 +9,18 @@ tokens in front never take part::
 with sizes s, the number of patches that a token stands for, and a gain r, 1
 for groups of one. Every token keeps what told it apart from its group
 ('residual'); 'replace', ``x'_n = y_k``, is how ToMe-like methods unmerge.
-:func:`~pm_seg.core.similarity.match` finds it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .groups import TokenGroups
-from .rows import add_rows, extra_of, take_rows
+from .rows import add_rows, extra_of, spread_rows, sum_rows, take_rows
 
 Grid = tuple[int, int]
 RESTORES = ('residual', 'replace')
@@ -54,26 +52,16 @@ class Merge:
         return self.rows - image * (len(self.kept) // batch)
 
     def merge(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of each group, weighted by size.
-
-        Args:
-            x (Tensor): (B, P+T, C).
-            size (Tensor): Patches each token stands for, (B, P+T, 1).
-
-        Returns:
-            tuple[Tensor, Tensor]: (B, P+K, C) and (B, P+K, 1).
+        """Mean of each group, weighted by size: tokens (B, P+T, C) and the
+        patches each stands for, (B, P+T, 1), to (B, P+K, C) and (B, P+K, 1).
         """
         total, _, share = self.sizes(size)
         return self.mean(x, share), total
 
     def sizes(self, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What becomes of sizes, (B, P+T, 1).
-
-        Returns:
-            tuple[Tensor, Tensor, Tensor]: Size of each merged token and of
-            the one it starts from, (B, P+K, 1) each; of each row that moves,
-            its share of where it goes, (B * R, 1).
-        """
+        """What becomes of sizes, (B, P+T, 1): size of each merged token and
+        of the one it starts from, (B, P+K, 1) each; of each row that moves,
+        its share of where it goes, (B * R, 1)."""
         batch, size = len(size), size.flatten(0, 1)
         moved = size.index_select(0, self.moved)
         start = size.index_select(0, self.kept)
@@ -83,11 +71,9 @@ class Merge:
         return total, start, share
 
     def mean(self, x: Tensor, share: Tensor) -> Tensor:
-        """Means of groups, (B, P+T, C) -> (B, P+K, C), by shares of members.
-
-        Only what moves is computed: groups start as one of their members and
-        get ``share * (member - start)`` from each other one.
-        """
+        """Means of groups, (B, P+T, C) -> (B, P+K, C). Only what moves is
+        computed: groups start as one of their members and get
+        ``share * (member - start)`` from each other one."""
         batch, x = len(x), x.flatten(0, 1)
         start = x.index_select(0, self.kept)
         update = x.index_select(0, self.moved)
@@ -117,13 +103,39 @@ class Merge:
         return take_rows(z, self.rows)
 
 
-class Step(NamedTuple):
-    """A merge that was done: see :meth:`Merge.restore`."""
+@dataclass
+class TokenGroups:
+    """The groups that the last layer worked on, for a decoder to work on.
 
-    before: Tensor
-    merged: Tensor
-    merge: Merge
-    gain: Tensor
+    Attributes:
+        merges (Sequence[Merge]): One after the other.
+        size (Tensor): Patches in each group, (B, P+K, 1).
+        num_prefix (int): P.
+    """
+
+    merges: Sequence[Merge]
+    size: Tensor
+    num_prefix: int
+    _place: Tensor | None = None
+
+    @property
+    def place(self) -> Tensor:
+        """Group of each patch token, 0..K-1, int64, (B, N)."""
+        if self._place is None:  # cached_property would lock; no compiling
+            place, *others = (merge.place for merge in self.merges)
+            for following in others:
+                place = following.gather(1, place)
+            self._place = place[:, self.num_prefix :] - self.num_prefix
+        return self._place
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of each group, (B, N, C) -> (B, K, C)."""
+        size = self.size[:, self.num_prefix :]
+        return sum_rows(x, self.place, size.shape[1]) / size.to(x.dtype)
+
+    def spread(self, z: Tensor) -> Tensor:
+        """What the group of each token holds, (B, K, C) -> (B, N, C)."""
+        return spread_rows(z, self.place)
 
 
 class Chain:
@@ -132,8 +144,7 @@ class Chain:
     Args:
         x (Tensor): (B, P+N, C).
         num_prefix (int): P.
-        extra (Tensor, optional): See
-            :meth:`~pm_seg.core.compressor.Compressor.run`.
+        extra (Tensor, optional): As of ``Compressor.run``.
         size_aware (bool): Whether layers are to know sizes. Defaults to True.
 
     Attributes:
@@ -141,7 +152,8 @@ class Chain:
         size (Tensor): Patches each stands for, float32, (B, P+T, 1).
         log_size (Tensor): For attention, (B, P+T); None as long as all stand
             for one, or layers are not to know.
-        steps (list[Step]): Merges so far.
+        steps (list): Merges so far; with each what merged, what it became,
+            and the gain, see :meth:`Merge.restore`.
     """
 
     def __init__(
@@ -151,14 +163,12 @@ class Chain:
         extra: Tensor | None = None,
         size_aware: bool = True,
     ) -> None:
-        self.x = x
-        self.extra = extra
-        self.size_aware = size_aware
+        self.x, self.num_prefix = x, num_prefix
+        self.extra, self.size_aware = extra, size_aware
         self._rows: Tensor | None = None  # extra of merged tokens
         self.size = torch.ones(*x.shape[:2], 1, device=x.device)
         self.log_size: Tensor | None = None
-        self.num_prefix = num_prefix
-        self.steps: list[Step] = []
+        self.steps: list[tuple[Merge, Tensor, Tensor, Tensor]] = []
 
     @property
     def tokens(self) -> int:
@@ -166,13 +176,8 @@ class Chain:
         return self.x.shape[1] - self.num_prefix
 
     def merge(self, merge: Merge, gain: Tensor) -> None:
-        """Go on with fewer tokens.
-
-        Args:
-            merge (Merge): Who goes where.
-            gain (Tensor): Scalar; what groups of several gain is restored
-                with this factor, all of it to a token that stays alone.
-        """
+        """Go on with fewer tokens. What groups of several gain is restored
+        with this factor, a scalar, all of it to a token that stays alone."""
         before = self.x
         self.size, start, share = merge.sizes(self.size)
         if self.size_aware:
@@ -186,31 +191,27 @@ class Chain:
                 self._rows = rows.expand(len(before), -1, -1)
             self._rows = merge.mean(self._rows, share)
         gain = torch.where(self.size != start, gain, 1.0)
-        self.steps.append(Step(before, self.x, merge, gain))
+        self.steps.append((merge, before, self.x, gain))
 
     def inputs_of(self, layer: int) -> tuple[Tensor | None, ...]:
-        """What a layer is called with: tokens, their sizes, their extras."""
-        return self.x, self.log_size, *self._extra_of(layer)
+        """What a layer is called with: tokens, their sizes, their extras.
 
-    def _extra_of(self, layer: int) -> tuple[Tensor, ...]:
-        """Means of what belongs to the patches, each counted once.
-
-        (N, E) becomes (B, 1, T, E), and (heads, N, E) of a layer
-        (B, heads, T, E).
+        Of groups the means of their patches, each counted once: (N, E)
+        becomes (B, 1, T, E), (heads, N, E) of a layer (B, heads, T, E).
         """
-        if self.extra is None or self._rows is None:
-            return extra_of(self.extra, layer)
+        if self._rows is None:
+            return self.x, self.log_size, *extra_of(self.extra, layer)
         rows = self._rows[:, self.num_prefix :]
         rows = rows.unflatten(2, (-1, self.extra.shape[-1])).transpose(1, 2)
-        if self.extra.dim() == 2:
-            return (rows,)
-        heads = self.extra.shape[1]
-        return (rows[:, layer * heads : (layer + 1) * heads],)
+        if self.extra.dim() > 2:
+            heads = self.extra.shape[1]
+            rows = rows[:, layer * heads : (layer + 1) * heads]
+        return self.x, self.log_size, rows
 
     def restored(self, kind: str) -> Tensor:
         """All tokens as they are now, (B, P+N, C), by one of RESTORES."""
         x = self.x
-        for before, merged, merge, gain in reversed(self.steps):
+        for merge, before, merged, gain in reversed(self.steps):
             if kind == 'residual':
                 x = merge.restore(before, merged, x, gain)
             else:
@@ -221,5 +222,5 @@ class Chain:
         """What the tokens are groups of, None as long as all are alone."""
         if not self.steps:
             return None
-        merges = [step.merge for step in self.steps]
+        merges = [step[0] for step in self.steps]
         return TokenGroups(merges, self.size, self.num_prefix)

@@ -11,31 +11,16 @@ from .compressor import Compressor, EncoderShape
 from .progressive import ProgressiveCompressor
 from .static import StaticCompressor
 
+_PEER = dict(step=0.0, between=True, restore='replace')
+_TOME = dict(schedule='constant', compare='keys')
+_ALGM = dict(schedule='local_global', compare='tokens', size_aware=False)
+
 #: Class, and the options that make it the method of this name.
 PRESETS: dict[str, tuple[Callable[..., Compressor], dict[str, Any]]] = {
     'pm': (ProgressiveCompressor, {}),
     'paper': (StaticCompressor, {}),
-    'tome': (
-        ProgressiveCompressor,
-        dict(
-            schedule='constant',
-            step=0.0,
-            compare='keys',
-            between=True,
-            restore='replace',
-        ),
-    ),
-    'algm': (
-        ProgressiveCompressor,
-        dict(
-            schedule='local_global',
-            step=0.0,
-            compare='tokens',
-            between=True,
-            restore='replace',
-            size_aware=False,
-        ),
-    ),
+    'tome': (ProgressiveCompressor, {**_PEER, **_TOME}),
+    'algm': (ProgressiveCompressor, {**_PEER, **_ALGM}),
 }
 
 #: What suits classifiers, whose class token reads all others to the end.
@@ -73,7 +58,7 @@ def make_compressor(
                 f'compression has an unknown option {name}='
                 f'{options[name]!r}; {nearest(name, known)} of type={kind!r}'
             )
-    start = {**defaults} if kind == 'pm' else preset
+    start = defaults if kind == 'pm' else preset
     return build(shape, **{**start, **options})
 
 

@@ -2,11 +2,9 @@
 
 Before layer l the patch tokens of each image merge down to K_l, the most
 similar ones first, and stay merged; after the last layer, or wherever all
-tokens are asked for, the chain of merges is undone, newest first, and each
-token gets what it was plus what its group gained
-(:meth:`~pm_seg.core.merging.Merge.restore`). Nothing has to be known of the
-images, no gradient and no position: it works with any weights and any grid,
-and better with what :mod:`~pm_seg.core.importance` finds out on some images.
+tokens are asked for, the merges are undone, newest first, and each token gets
+what it was plus what its group gained. That works with any weights and any
+grid, and better with what :mod:`~pm_seg.core.importance` finds on some images.
 """
 
 from __future__ import annotations
@@ -27,10 +25,9 @@ from .compressor import (
 )
 from .importance import predicted_scores
 from .merging import RESTORES, Chain, Grid, Merge
-from .precision import full_precision
+from .rows import full_precision
 from .schedule import WHOLE, Schedule
-from .similarity import COMPARES, match
-from .windows import WINDOW, match_windows
+from .similarity import WINDOW, match, match_windows, sketch
 
 
 class ProgressiveCompressor(Compressor):
@@ -79,41 +76,34 @@ class ProgressiveCompressor(Compressor):
         size_aware: bool = True,
     ) -> None:
         super().__init__(shape)
-        depth, dims = shape.depth, shape.dims
-        check_option('compare', compare, tuple(COMPARES))
         check_option('restore', restore, RESTORES)
-        cost = COMPARES[compare].cost(dims, shape.key_dims)
         self.schedule = Schedule(
-            shape, schedule, power, first, step, between, *cost
+            shape, schedule, power, first, step, between, compare
         )
-        self.compare = compare
-        self.restore = restore
+        self.compare, self.restore = compare, restore
         self.size_aware = size_aware
         # Millionths of the patch tokens that each layer works on: integers
         # stay what they are when a model is cast to half precision.
-        self.register_buffer('shares', torch.full((depth,), WHOLE))
+        self.register_buffer('shares', torch.full((shape.depth,), WHOLE))
         # Factor of what a group of several gained, for its members: trained.
-        self.gain = nn.Parameter(torch.ones(depth))
+        self.gain = nn.Parameter(torch.ones(shape.depth))
         # How important a token is that looks like this, see importance.py,
         # and how much that counts.
-        self.register_buffer('importance', torch.zeros(depth, dims))
+        importance = torch.zeros(shape.depth, shape.dims)
+        self.register_buffer('importance', importance)
         self.register_buffer('strength', torch.zeros(()))
         self.register_buffer('power', torch.tensor(power))
         self.register_buffer('settled', torch.tensor(False))
-        self._settled = False
         self.has_importance, self._strength = False, 0.0
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(2, (dims,), generator=generator, device='cpu')
+        seeded = dict(generator=torch.Generator().manual_seed(0), device='cpu')
+        signs = torch.randint(2, (shape.dims,), **seeded)
         signs = (2.0 * signs - 1).to(self.gain.device)
         self.register_buffer('signs', signs, persistent=False)
         self.set_keep(keep)
 
-    # ---------------------------------------------------------------- state
-
     def set_keep(self, keep: float, power: float | None = None) -> None:
         """Find the schedule whose layers cost this share of the dense ones,
-        with another ``power`` if given, or raise ``ValueError``.
-        """
+        with another ``power`` if given, or raise ``ValueError``."""
         schedule = replace(self.schedule, power=power or self.schedule.power)
         shares = [round(x * WHOLE) for x in schedule.solve(keep)]
         self.schedule, self.keep = schedule, keep
@@ -127,17 +117,16 @@ class ProgressiveCompressor(Compressor):
         self.schedule = replace(self.schedule, shape=self.shape)
         self.set_keep(self.keep)
 
-    @property
-    def compressed(self) -> bool:
-        return self._settled
-
-    def settle(self) -> None:
-        self.settled.fill_(True)
-        self._settled = True
-
     def leave_merged(self) -> None:
         self.schedule = replace(self.schedule, whole=False)
         self.set_keep(self.keep)
+
+    @property
+    def compressed(self) -> bool:
+        return bool(self.settled)
+
+    def settle(self) -> None:
+        self.settled.fill_(True)
 
     @torch.no_grad()
     def set_importance(
@@ -145,8 +134,7 @@ class ProgressiveCompressor(Compressor):
     ) -> None:
         """Say how much importance counts against similarity, 0 for not at
         all, and what makes a token important, (L, C), see
-        :class:`~pm_seg.core.importance.ImportanceFitter`.
-        """
+        :class:`~pm_seg.core.importance.ImportanceFitter`."""
         if directions is not None:
             self.importance.copy_(directions)
             self.has_importance = True
@@ -158,7 +146,6 @@ class ProgressiveCompressor(Compressor):
         if not self.shares.is_meta:
             self._shares = [x / WHOLE for x in self.shares.tolist()]
             self.schedule = replace(self.schedule, power=float(self.power))
-            self._settled = bool(self.settled)
             self.keep = round(self.share, 4)
             self.has_importance = bool(self.importance.any())
             self._strength = float(self.strength) * self.has_importance
@@ -180,8 +167,6 @@ class ProgressiveCompressor(Compressor):
     def loads(self) -> list[LayerLoad]:
         return self.schedule.loads(self._shares)
 
-    # ------------------------------------------------------------------ run
-
     def _run(
         self,
         layers: Sequence[Layer],
@@ -193,21 +178,24 @@ class ProgressiveCompressor(Compressor):
         chain = Chain(x, self.shape.num_prefix, extra, self.size_aware)
         collected = {}
         for index, (layer, left) in enumerate(zip(layers, self.tokens(grid))):
-            compared = chain.x
+            compared = chain.x  # of merges in between, what came before
             if self.schedule.between:
                 chain.x = layer.attend(*chain.inputs_of(index))
-                self._shrink(chain, index, left, layer, grid, compared)
+            while chain.tokens > left:
+                count = self.schedule.at_once(index, chain.tokens, left)
+                merge = self._match(compared, count, index, layer, grid)
+                chain.merge(merge, self.gain[index])
+                compared = chain.x
+            if self.schedule.between:
                 chain.x = layer.feed_forward(chain.x)
+            elif self.schedule.ends_early(index, bool(chain.steps)):
+                x = layer.attend(*chain.inputs_of(index))
+                chain.x = layer.feed_forward(x[:, : chain.num_prefix])
             else:
-                self._shrink(chain, index, left, layer, grid)
-                if self.schedule.ends_early(index, bool(chain.steps)):
-                    x = layer.attend(*chain.inputs_of(index))
-                    chain.x = layer.feed_forward(x[:, : chain.num_prefix])
-                else:
-                    chain.x = layer(*chain.inputs_of(index))
+                chain.x = layer(*chain.inputs_of(index))
             if self.observer is not None:
                 groups = chain.groups()
-                self._observe(index, groups and groups.place, grid)
+                self.observer._see(index, groups and groups.place, grid)
             if index in outputs or index == len(layers) - 1:
                 whole = self.schedule.whole
                 last = chain.restored(self.restore) if whole else chain.x
@@ -215,40 +203,20 @@ class ProgressiveCompressor(Compressor):
                 collected[index] = last
         return Outputs(last, collected, chain.groups())
 
-    def _shrink(
-        self,
-        chain: Chain,
-        index: int,
-        left: int,
-        layer: Layer,
-        grid: Grid,
-        compared: Tensor | None = None,
-    ) -> None:
-        """Merge down to ``left`` tokens, half of them at most at a time,
-        comparing them as they are, or as they were before attention.
-        """
-        while chain.tokens > left:
-            merge = self._match(
-                chain.x if compared is None else compared,
-                self.schedule.at_once(index, chain.tokens, left),
-                index,
-                layer,
-                grid,
-            )
-            chain.merge(merge, self.gain[index])
-
     @torch.no_grad()
     def _match(
         self, x: Tensor, count: int, index: int, layer: Layer, grid: Grid
     ) -> Merge:
         """Which tokens merge; found in full precision, as far as x has it:
-        under autocast tokens may come in half precision, or weights be.
-        """
+        under autocast tokens may come in half precision, or weights be."""
         prefix = self.shape.num_prefix
-        patches = x[:, prefix:].to(self.gain.dtype)
+        metric = patches = x[:, prefix:].to(self.gain.dtype)
         with full_precision(x):
-            found = COMPARES[self.compare].find(patches, layer, self.signs)
-            metric, weight = found.float(), None
+            if self.compare == 'sketch':
+                metric = sketch(patches, self.signs)
+            elif self.compare == 'keys':
+                metric = layer.mean_keys(patches)
+            metric, weight = metric.float(), None
             if self._strength:
                 direction = self._strength * self.importance[index]
                 weight = predicted_scores(patches, direction)

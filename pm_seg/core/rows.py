@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 
 def spread_rows(z: Tensor, place: Tensor) -> Tensor:
     """Row ``place`` of each image, (B, K, C) by (B, T) -> (B, T, C)."""
-    return take_rows(z, rows_of(place, z.shape[1]).view_as(place))
+    return take_rows(z, rows_of(place, z.shape[1]))
 
 
 def sum_rows(x: Tensor, place: Tensor, groups: int) -> Tensor:
-    """Sum of the rows that go to each place, the transpose of spread_rows.
-
-    Args:
-        x (Tensor): (B, T, C).
-        place (Tensor): int64, (B, T).
-        groups (int): K.
-
-    Returns:
-        Tensor: (B, K, C).
-    """
+    """Sum of the rows that go to each of K places, the transpose of
+    spread_rows, (B, T, C) by int64 (B, T) -> (B, K, C)."""
     start = x.new_zeros(len(x) * groups, x.shape[2])
-    total = add_rows(start, rows_of(place, groups), x.flatten(0, 1), len(x))
+    into = rows_of(place, groups).flatten()
+    total = add_rows(start, into, x.flatten(0, 1), len(x))
     return total.unflatten(0, (len(x), -1))
 
 
 def rows_of(index: Tensor, tokens: int) -> Tensor:
-    """Indices within images of so many tokens to rows of all, (B * R,)."""
+    """Indices within images of so many tokens to rows of all, (B, R)."""
     batch = len(index)
     if batch > 1:
         start = torch.arange(batch, device=index.device) * tokens
         index = index + start.unsqueeze(1)
-    return index.flatten()
+    return index
 
 
 def take_rows(z: Tensor, rows: Tensor) -> Tensor:
@@ -61,8 +56,17 @@ def add_rows(
 
 def extra_of(extra: Tensor | None, layer: int) -> tuple[Tensor, ...]:
     """What a layer on all tokens gets beside them: (N, E), or its part of
-    (L, heads, N, E).
-    """
+    (L, heads, N, E)."""
     if extra is None:
         return ()
     return (extra if extra.dim() == 2 else extra[layer],)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """No autocast inside, on the device of a tensor: rounded similarities
+    would pair other tokens. Entered only where there is autocast, as exports
+    trace it, and meta tensors know none."""
+    device = x.device.type
+    if device != 'meta' and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

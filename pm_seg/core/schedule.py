@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 from .compressor import EncoderShape, LayerLoad, check_option, check_share
 from .merging import Grid
-from .windows import WINDOW
+from .similarity import COMPARES, WINDOW
 
 FLOOR = 0.1  # share of the patch tokens that is always left
 WHOLE = 1_000_000  # shares are millionths
@@ -20,17 +21,9 @@ def power_shares(
     """Fewer tokens from layer to layer, smoothly.
 
     ``1 - strength ((l - first + 1) / (depth - first))^power`` of the tokens
-    in layer l >= first, not below ``FLOOR``; a power below 1 merges more in
-    early layers. Large single steps are worse: a schedule from losses of
-    single layers had three times the error.
-
-    Args:
-        strength (float): >= 0; 0 keeps all tokens.
-        depth (int): Number of layers, L.
-        power, first: See :class:`Schedule`.
-
-    Returns:
-        list[float]: Share of the patch tokens of each layer.
+    in layer l >= first, not below ``FLOOR``, for a strength >= 0; a power
+    below 1 merges more in early layers. Large single steps are worse: a
+    schedule from losses of single layers had three times the error.
     """
     steps = [max(layer - first + 1, 0) for layer in range(depth)]
     return [
@@ -39,9 +32,7 @@ def power_shares(
     ]
 
 
-def constant_shares(
-    strength: float, depth: int, power: float, first: int
-) -> list[float]:
+def constant_shares(strength: float, depth: int, *_: float) -> list[float]:
     """ToMe's: every layer merges equally many tokens, at most half."""
     shares, share = [], 1.0
     for _ in range(depth):
@@ -50,20 +41,17 @@ def constant_shares(
     return shares
 
 
-def local_global_shares(
-    strength: float, depth: int, power: float, first: int
-) -> list[float]:
-    """ALGM's: windows merge in the first layer, all tokens half-way.
-
-    ``strength`` is the share of the windows that merge, and of the tokens
-    left that do half-way, which is at most half of them.
-    """
+def local_global_shares(strength: float, depth: int, *_: float) -> list[float]:
+    """ALGM's: a share of the windows merges in the first layer, and of the
+    tokens left half-way, at most half of them."""
     strength, half = min(strength, 1.0), depth // 2
     local = 1 - 0.75 * strength
     both = local * max(1 - strength, 0.5)
     return [local] * half + [both] * (depth - half)
 
 
+#: Share of the patch tokens of each layer, fewer with more strength; with
+#: none all of them.
 SCHEDULES: dict[str, Callable[..., list[float]]] = {
     'power': power_shares,
     'constant': constant_shares,
@@ -72,18 +60,8 @@ SCHEDULES: dict[str, Callable[..., list[float]]] = {
 
 
 def merging_layers(shares: Sequence[float], step: float) -> list[int]:
-    """Layers that merge if small merges wait until more tokens are to go.
-
-    A merge costs as much for few tokens as for many.
-
-    Args:
-        shares (Sequence[float]): Share of the patch tokens of each layer, if
-            every layer may merge.
-        step (float): Least share of the tokens there are that merges at once.
-
-    Returns:
-        list[int]: At least one, if a share is below 1.
-    """
+    """Layers that merge if merges of less than this share of the tokens there
+    are wait, as they cost as much as others; one at least, if any is to."""
     layers, left = [], 1.0
     for layer, share in enumerate(shares):
         if share < left and left - share >= step * left:
@@ -99,12 +77,8 @@ class Schedule:
     Attributes:
         shape (EncoderShape): The transformer.
         kind (str): Key of ``SCHEDULES``.
-        power (float): See :func:`power_shares`.
-        first (int): First layer that works on fewer tokens.
-        step (float): See :func:`merging_layers`.
-        between (bool): Whether layers merge between attention and MLP.
-        compared (int): Channels that tokens are compared in.
-        found (int): MACs to find these of one token.
+        power, first, step, between, compare: See
+            :class:`~pm_seg.core.progressive.ProgressiveCompressor`.
         whole (bool): Whether patch tokens are read at the end; otherwise the
             last layer's MLP works on none, unless nothing merges at all.
     """
@@ -115,12 +89,12 @@ class Schedule:
     first: int
     step: float
     between: bool
-    compared: int
-    found: int
+    compare: str
     whole: bool = True
 
     def __post_init__(self) -> None:
         check_option('schedule', self.kind, tuple(SCHEDULES))
+        check_option('compare', self.compare, tuple(COMPARES))
         check_option('first', self.first, range(self.shape.depth))
         if not isinstance(self.power, Real) or not self.power > 0:
             raise ValueError(f'power={self.power!r} must be a number above 0')
@@ -128,11 +102,8 @@ class Schedule:
             raise ValueError(f'step={self.step!r} must be a number in [0, 1)')
 
     def solve(self, keep: float) -> list[float]:
-        """Shares of the patch tokens for a share of the dense layers' MACs.
-
-        Raises:
-            ValueError: If it is out of reach.
-        """
+        """Shares of the patch tokens for a share of the dense layers' MACs,
+        or ``ValueError`` if it is out of reach."""
         check_share('keep', keep)
         try:
             shares = self._solve(keep, range(self.shape.depth))
@@ -168,10 +139,8 @@ class Schedule:
         return solve(shares, cost, keep)
 
     def tokens(self, shares: Sequence[float], grid: Grid) -> list[int]:
-        """Patch tokens that each layer's MLP works on, for any grid.
-
-        Above 64 in multiples of 8, which products on accelerators need.
-        """
+        """Patch tokens that each layer's MLP works on, for any grid; above 64
+        in multiples of 8, which products on accelerators need."""
         whole = left = grid[0] * grid[1]
         windows = (grid[0] // 2) * (grid[1] // 2)
         counts = []
@@ -193,19 +162,17 @@ class Schedule:
 
     def at_once(self, layer: int, before: int, after: int) -> int:
         """How many of the patch tokens merge at once: half of them at most,
-        or all that are to, in windows.
-        """
+        or all that are to, in windows."""
         if self.in_windows(layer):
             return before - after
         return min(before - after, before // 2)
 
     def loads(self, shares: Sequence[float]) -> list[LayerLoad]:
-        """What each layer works on and costs, on the native grid.
-
-        Comparing, merging and restoring included.
-        """
+        """What each layer works on and costs, on the native grid, comparing,
+        merging and restoring included."""
         shape, loads = self.shape, []
         before, prefix, dims = shape.num_tokens, shape.num_prefix, shape.dims
+        compared, found = COMPARES[self.compare](dims, shape.key_dims)
         for layer, after in enumerate(self.tokens(shares, shape.grid)):
             attended = before if self.between else after
             merged = after < shape.num_tokens
@@ -215,7 +182,7 @@ class Schedule:
                 merged = self.at_once(layer, before, after)
                 pairs = (before // 2) * -(-before // 2)
                 pairs = before if self.in_windows(layer) else pairs
-                macs += before * self.found + pairs * self.compared
+                macs += before * found + pairs * compared
                 # kept, moved from, moved to, added; restored
                 rows = prefix + before + 2 * merged
                 rows += self.whole * (prefix + before)
@@ -235,26 +202,14 @@ def solve(
     cost: Callable[[list[float]], float],
     budget: float,
 ) -> list[float]:
-    """The shares that cost as much as a budget allows, by bisection.
+    """The shares, for a strength from 0 to 1024, that cost as much as a
+    budget allows, or ``ValueError`` if all of them cost more."""
 
-    Args:
-        shares (Callable): Shares for a strength >= 0, fewer with more of it.
-        cost (Callable): What shares cost.
-        budget (float): Upper bound of the cost.
+    def fits(step: int) -> bool:
+        return cost(shares(step / 2**40)) <= budget
 
-    Raises:
-        ValueError: If even the largest strength, 1024, costs more.
-    """
-    if cost(shares(0.0)) <= budget:
+    if fits(0):
         return shares(0.0)
-    low, high = 0.0, 1024.0
-    least = cost(shares(high))
-    if least > budget:
-        raise ValueError(f'{least:.3f} is its least')
-    for _ in range(50):
-        middle = (low + high) / 2
-        if cost(shares(middle)) > budget:
-            low = middle
-        else:
-            high = middle
-    return shares(high)
+    if not fits(2**50):
+        raise ValueError(f'{cost(shares(1024.0)):.3f} is its least')
+    return shares(bisect_left(range(2**50), True, key=fits) / 2**40)

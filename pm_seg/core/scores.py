@@ -7,8 +7,7 @@ the gradient of the attention map is ``dL/dA = dL/dO V^T``, hence::
     sum_q A[h, q, k] dL/dA[h, q, k] = <v[h, k], sum_q A[h, q, k] dL/dO[h, q]>
                                     = <v[h, k], dL/dv[h, k]>
 
-The score therefore needs the values and their gradient only: O(N C) memory,
-with any fused attention kernel.
+It needs O(N C) memory, and any fused attention kernel will do.
 """
 
 from __future__ import annotations
@@ -28,19 +27,12 @@ if TYPE_CHECKING:
 
 
 def value_gradient_scores(value: Tensor, grad: Tensor) -> Tensor:
-    """Signed score of each key token, ``<v, dL/dv>`` summed over heads.
-
-    Args:
-        value (Tensor): (B, heads, T, D).
-        grad (Tensor): dL/dvalue, same shape.
-
-    Returns:
-        Tensor: (B, T), float64.
-    """
+    """Signed score of each key token, ``<v, dL/dv>`` summed over heads, of
+    values and their gradient, (B, heads, T, D) -> float64, (B, T)."""
     return (value.double() * grad.double()).sum(dim=(1, 3))
 
 
-class GradientWatcher:
+class GradientWatcher(ExitStack):
     """Context manager that sees the values of attention and their gradients.
 
     Args:
@@ -50,22 +42,18 @@ class GradientWatcher:
     """
 
     def __init__(self, taps: Sequence[nn.Module]) -> None:
+        super().__init__()
         self.taps = taps
-        self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
         for layer, tap in enumerate(self.taps):
-
-            def watch(module, args, value, layer=layer) -> Tensor:
-                return self._watch(layer, value)
-
-            self._hooks.enter_context(tap.register_forward_hook(watch))
+            watch = partial(self._watch, layer)
+            self.enter_context(tap.register_forward_hook(watch))
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._hooks.close()
-
-    def _watch(self, layer: int, value: Tensor) -> Tensor:
+    def _watch(
+        self, layer: int, tap: nn.Module, args: tuple, value: Tensor
+    ) -> Tensor:
         if torch.is_grad_enabled():
             if not value.requires_grad:  # everything before it is frozen
                 value = value.detach().clone().requires_grad_()
@@ -128,17 +116,19 @@ class ScoreRecorder(GradientWatcher):
         self.total = torch.zeros(len(taps), num_tokens, dtype=torch.float64)
         self.weight = torch.zeros(len(taps), 1, dtype=torch.float64)
 
-    def _watch(self, layer: int, value: Tensor) -> Tensor:
-        expected = self.num_prefix + self.num_tokens
-        if value.shape[2] != expected:
+    def _watch(
+        self, layer: int, tap: nn.Module, args: tuple, value: Tensor
+    ) -> Tensor:
+        patches = value.shape[2] - self.num_prefix
+        if patches != self.num_tokens:
             raise ValueError(
-                f'layer {layer} got {value.shape[2] - self.num_prefix} patch '
-                f'tokens, expected {self.num_tokens}; scores are gathered '
-                'uncompressed, on images of the size the model was built '
-                'for: check img_size of the backbone and the crop of '
-                'calib_pipeline or train_pipeline'
+                f'layer {layer} got {patches} patch tokens, expected '
+                f'{self.num_tokens}; scores are gathered uncompressed, on '
+                'images of the size the model was built for: check img_size '
+                'of the backbone and the crop of calib_pipeline or '
+                'train_pipeline'
             )
-        return super()._watch(layer, value)
+        return super()._watch(layer, tap, args, value)
 
     @torch.no_grad()
     def _record(self, layer: int, value: Tensor, grad: Tensor) -> None:

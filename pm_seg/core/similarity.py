@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compressor import Layer
-from .merging import Merge
+from .merging import Grid, Merge
 
 SKETCH = 64  # channels that tokens are compared in
+WINDOW = 4  # tokens of a window
+
+#: Channels that tokens are compared in, and the MACs to find them of one, for
+#: C channels and those of a key.
+COMPARES = {
+    'sketch': lambda dims, key_dims: (sketch_dims(dims), dims),
+    'keys': lambda dims, key_dims: (key_dims, dims * key_dims),
+    'tokens': lambda dims, key_dims: (dims, 0),
+}
 
 
 def sketch_dims(dims: int) -> int:
@@ -27,46 +32,13 @@ def sketch(x: Tensor, signs: Tensor) -> Tensor:
     """Fold channels onto each other with random signs (a count sketch), which
     leaves scalar products as they were in expectation.
 
-    Args:
-        x (Tensor): (B, T, C).
-        signs (Tensor): -1 or 1, (C,).
-
-    Returns:
-        Tensor: float32, (B, T, D), D as :func:`sketch_dims` says.
+    (B, T, C) by -1 or 1, (C,) -> float32, (B, T, D), D by
+    :func:`sketch_dims`.
     """
     folded = (x * signs.to(x.dtype)).unflatten(
         2, (-1, sketch_dims(x.shape[2]))
     )
     return folded.sum(2, dtype=torch.float32)
-
-
-class Comparison(NamedTuple):
-    """Something that tokens are compared by.
-
-    Attributes:
-        find (Callable): From tokens (B, T, C), the layer they are for and
-            the signs of sketches: (B, T, D).
-        cost (Callable): From C and the channels of a key: D, and the MACs
-            to find it of one token.
-    """
-
-    find: Callable[[Tensor, Layer, Tensor], Tensor]
-    cost: Callable[[int, int], tuple[int, int]]
-
-
-COMPARES = {
-    'sketch': Comparison(
-        lambda x, layer, signs: sketch(x, signs),
-        lambda dims, key_dims: (sketch_dims(dims), dims),
-    ),
-    'keys': Comparison(
-        lambda x, layer, signs: layer.mean_keys(x),
-        lambda dims, key_dims: (key_dims, dims * key_dims),
-    ),
-    'tokens': Comparison(
-        lambda x, layer, signs: x, lambda dims, key_dims: (dims, 0)
-    ),
-}
 
 
 def match(
@@ -115,6 +87,46 @@ def match(
     )  # fmt: skip
 
 
+def match_windows(
+    metric: Tensor, count: int, grid: Grid, num_prefix: int = 0
+) -> Merge:
+    """ALGM's local merge: the ``count`` most uniform 2x2 windows.
+
+    Norouzi et al., "ALGM: Adaptive Local-then-Global Token Merging for
+    Efficient Semantic Segmentation with Plain Vision Transformers", CVPR
+    2024; other than there each image merges equally many, which is what
+    allows batches and comparisons at equal cost.
+
+    Args:
+        metric (Tensor): (B, h * w, D), float32. The similarity of a window is
+            the mean cosine of its pairs.
+        count (int): Windows to merge, at most (h // 2) * (w // 2); an odd
+            last row or column is never merged.
+        grid (tuple[int, int]): h and w.
+        num_prefix (int): P.
+
+    Returns:
+        Merge: K = h * w - 3 * count.
+    """
+    height, width = grid
+    index = torch.arange(height * width, device=metric.device)
+    index = index.view(height, width)
+    index = index[: height // 2 * 2, : width // 2 * 2]
+    index = index.unflatten(0, (-1, 2)).unflatten(2, (-1, 2))
+    index = index.transpose(1, 2).reshape(-1, WINDOW)  # (windows, 4)
+    unit = F.normalize(metric, dim=-1)
+    total = unit[:, index.flatten()].unflatten(1, (-1, WINDOW)).sum(2)
+    chosen = total.square().sum(-1).topk(count, dim=1).indices
+    members = index[chosen]  # (B, count, 4)
+    first = members[:, :, :1].expand(-1, -1, WINDOW - 1)
+    rows = all_rows(metric, num_prefix)
+    moved, goal = (
+        rows[:, num_prefix:].gather(1, part.flatten(1))
+        for part in (members[:, :, 1:], first)
+    )
+    return merge_into(rows, moved, goal)
+
+
 def all_rows(metric: Tensor, num_prefix: int) -> Tensor:
     """Numbers of all tokens of all images, (B, P+T), for (B, T, D)."""
     batch, tokens, _ = metric.shape
@@ -123,13 +135,8 @@ def all_rows(metric: Tensor, num_prefix: int) -> Tensor:
 
 
 def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
-    """The merge of some tokens into others; those stay in their order.
-
-    Args:
-        rows (Tensor): See :func:`all_rows`, int64, (B, P+T).
-        moved (Tensor): Those that go, each once, (B, R).
-        goal (Tensor): Where to, some that stay, (B, R).
-    """
+    """The merge of some tokens, each once, into some that stay in their
+    order; by their numbers among :func:`all_rows`, (B, R) each."""
     left = rows.shape[1] - moved.shape[1]
     after = torch.arange(len(rows) * left, device=rows.device)
     if torch.compiler.is_compiling():  # without what exports may lack
@@ -141,8 +148,7 @@ def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
         after = after.view(-1, left)
         into = order.gather(1, goal - rows[:, :1]) + after[:, :1]
         place = torch.cat([after, into], 1).gather(1, order)
-        kept, moved, into = kept.flatten(), moved.flatten(), into.flatten()
-        return Merge(kept=kept, moved=moved, into=into, rows=place)
+        return Merge(kept.flatten(), moved.flatten(), into.flatten(), place)
     # Each operator is a kernel or more: few count.
     flat, moved = rows.flatten(), moved.flatten()
     last = torch.iinfo(torch.int64).max  # a shape would be traced
@@ -151,4 +157,4 @@ def merge_into(rows: Tensor, moved: Tensor, goal: Tensor) -> Merge:
     place = flat.scatter(0, kept, after)
     into = place.index_select(0, goal.flatten())
     place = place.scatter(0, moved, into).view_as(rows)
-    return Merge(kept=kept, moved=moved, into=into, rows=place)
+    return Merge(kept, moved, into, place)

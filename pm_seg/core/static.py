@@ -1,11 +1,10 @@
 """The paper's method: tokens merge and are restored around every layer.
 
 Mao et al., "Efficient Token Compression for Vision Transformer with Spatial
-Information Preserved" (arXiv 2503.23455). The groups are by position, the same
-for every image, from gradient-weighted attention scores
-(:mod:`~pm_seg.core.scores`, :mod:`~pm_seg.core.structure`). A
-:class:`~pm_seg.core.token_map.TokenMap` merges and restores, by weights that
-are trained with the model.
+Information Preserved" (arXiv 2503.23455): groups by position, the same for
+every image, from gradient-weighted scores (:mod:`~pm_seg.core.scores`,
+:mod:`~pm_seg.core.structure`), merged and restored by weights that are trained
+with the model (:mod:`~pm_seg.core.token_map`).
 """
 
 from __future__ import annotations
@@ -31,11 +30,8 @@ from .merging import Grid
 from .rows import extra_of
 from .structure import (
     PRUNED,
-    check_layers,
-    check_num_groups,
     check_rates,
     check_scores,
-    check_shape,
     count_groups,
     count_tokens,
     group_weights,
@@ -87,28 +83,44 @@ class StaticCompressor(Compressor):
         num_groups: Sequence[int] | None = None,
     ) -> None:
         super().__init__(shape)
+        depth, tokens = per_token = shape.depth, shape.num_tokens
         check_rates(keep_rate, prune_rate)
         check_option('threshold', threshold, ('layer', 'global'))
         check_option('matrices', matrices, ('sparse', 'dense'))
-        self.keep: float | None = None  # see set_keep
-        self.keep_rate = keep_rate
-        self.prune_rate = prune_rate
-        self.layers = check_layers(layers, shape.depth, decay)
-        self.decay = decay
-        self._rules = prune_rate, threshold
+        chosen = sorted({*(range(depth) if layers is None else layers)})
+        if not chosen or not 0 <= chosen[0] <= chosen[-1] < depth:
+            raise ValueError(
+                f'layers={list(layers)} must name at least one of the layers '
+                f'0..{depth - 1}, and no others'
+            )
+        least = 1 - decay * chosen[-1]
+        if not 0 < least <= 1:
+            raise ValueError(
+                f'decay={decay} leaves layer {chosen[-1]} {least:.3g} of its '
+                'scores, expected a share in (0, 1]: 0.025 is what the paper '
+                'takes'
+            )
         self.dense = matrices == 'dense'
-        self.num_groups = check_num_groups(
-            num_groups, len(self.layers), shape.num_tokens, self.dense
-        )
-        per_token = (shape.depth, shape.num_tokens)
+        counts = list(num_groups or ())
+        fit = all(1 <= count <= tokens for count in counts)
+        fit = fit and len(counts) == len(chosen)
+        if not fit and (self.dense or num_groups is not None):
+            raise ValueError(
+                f'num_groups={num_groups} must hold {len(chosen)} counts in '
+                f'1..{tokens}, one for each compressed layer'
+            )
+        self.layers, self.num_groups = chosen, counts
+        self.keep: float | None = None  # see set_keep
+        self.keep_rate, self.decay = keep_rate, decay
+        self._rules = prune_rate, threshold
         self.register_buffer('scores', torch.zeros(per_token))
         self.register_buffer('group', torch.full(per_token, PRUNED))
         self._counts: list[int] = []  # groups of each layer, once known
         if self.dense:
             self.merge_matrix = nn.ParameterDict()
             self.restore_matrix = nn.ParameterDict()
-            tokens = shape.num_prefix + shape.num_tokens
-            for layer, count in zip(self.layers, self.num_groups):
+            tokens += shape.num_prefix
+            for layer, count in zip(chosen, counts):
                 merged, key = shape.num_prefix + count, str(layer)
                 self.merge_matrix[key] = torch.zeros(merged, tokens)
                 self.restore_matrix[key] = torch.zeros(tokens, merged)
@@ -149,11 +161,8 @@ class StaticCompressor(Compressor):
         return bool((self.scores[self.layers] > 0).any(1).all())
 
     def set_scores(self, scores: Tensor) -> None:
-        """Store scores, derive the structure, initialise the weights.
-
-        Args:
-            scores (Tensor): Gradient-weighted scores, >= 0, (L, N). Rows of
-                layers that are not compressed are ignored.
+        """Store scores, >= 0, (L, N), derive the structure, initialise the
+        weights. Rows of layers that are not compressed are ignored.
 
         Raises:
             ValueError: On another shape, or if a layer would keep no token.
@@ -164,16 +173,22 @@ class StaticCompressor(Compressor):
     @torch.no_grad()
     def store(self, scores: Tensor) -> None:
         """Store scores and leave the structure, see :meth:`set_scores`."""
-        check_shape('scores', scores, self.shape)
+        self._check_shape('scores', scores)
         check_scores(scores[self.layers], self.layers)
         self.scores.copy_(scores)
 
+    def _check_shape(self, name: str, given: Tensor) -> None:
+        found, wanted = tuple(given.shape), tuple(self.group.shape)
+        if found != wanted:
+            raise ValueError(
+                f'{name} have shape {found}, expected {wanted}: {wanted[0]} '
+                f'layers on a grid of {self.shape.grid} patches'
+            )
+
     @torch.no_grad()
     def build(self, keep: float | None = None) -> None:
-        """Derive structure and initial weights from the stored scores.
-
-        ``keep`` is that of :meth:`set_keep` if None.
-        """
+        """Derive structure and initial weights from the stored scores, to
+        ``keep``, or what :meth:`set_keep` was given."""
         scores = self.scores[self.layers].cpu()
         check_scores(scores, self.layers)
         scores = normalise_scores(scores, self.decay, self.layers)
@@ -196,7 +211,7 @@ class StaticCompressor(Compressor):
 
     def _rate(self, scores: Tensor, keep: float) -> float:
         """The highest ``keep_rate`` that does not cost more than ``keep``."""
-        tokens, most = self.shape.num_tokens, 1 - self.prune_rate
+        tokens, most = self.shape.num_tokens, 1 - self._rules[0]
         # Half a token above each count of groups, as floats round.
         counts = range(1, round(tokens * most) + 1)
         rates = [min((count + 0.5) / tokens, most) for count in counts]
@@ -218,9 +233,8 @@ class StaticCompressor(Compressor):
         return rates[found - 1]
 
     def set_keep(self, keep: float) -> None:
-        """Make the layers cost this share of the dense layers' MACs, at most.
-
-        ``keep_rate`` is found now if there are scores, else when there are.
+        """Make the layers cost this share of the dense layers' MACs, at most,
+        once there are scores.
 
         Raises:
             ValueError: If it is out of reach, or ``num_groups`` fixes it.
@@ -237,17 +251,14 @@ class StaticCompressor(Compressor):
 
     @torch.no_grad()
     def set_groups(self, group: Tensor) -> None:
-        """Use the given groups and initialise the weights for them.
-
-        Args:
-            group (Tensor): Group of each token on the native grid, numbered
-                0..K-1 in each layer, -1 if pruned, int64, (L, N). Rows of
-                layers that are not compressed are ignored.
+        """Use the given groups, numbered 0..K-1 in each layer, -1 if pruned,
+        int64, (L, N), and initialise the weights for them. Rows of layers
+        that are not compressed are ignored.
 
         Raises:
             ValueError: On another shape, or other numbers than these.
         """
-        check_shape('group', group, self.shape)
+        self._check_shape('group', group)
         self._counts = count_groups(group, self.layers, self.num_groups)
         self.group.copy_(torch.arange(group.shape[1]))
         self.group[self.layers] = group[self.layers].to(self.group.device)
@@ -263,15 +274,11 @@ class StaticCompressor(Compressor):
             for weight, value in zip(self._weights(layer), start):
                 weight.copy_(value)
 
-    # ----------------------------------------------------------------- cost
-
     def loads(self) -> list[LayerLoad]:
-        self._check_ready()
+        counts = self._known_counts()
         pruned = (self.group == PRUNED).sum(1).tolist()
-        return [
-            LayerLoad(count, count, self._macs(layer, count), missing)
-            for layer, (count, missing) in enumerate(zip(self._counts, pruned))
-        ]
+        macs = map(self._macs, range(len(counts)), counts)
+        return [LayerLoad(*x) for x in zip(counts, counts, macs, pruned)]
 
     def _macs(self, layer: int, groups: int) -> float:
         """Of a layer on so many groups; one for each value that is merged or
@@ -285,7 +292,7 @@ class StaticCompressor(Compressor):
         dims = passes * self.shape.dims + (passes > 0) * self.shape.extra_dims
         return self.shape.cost(prefix + groups) + (prefix + tokens) * dims
 
-    def _check_ready(self) -> None:
+    def _known_counts(self) -> list[int]:
         if not self._counts:
             raise RuntimeError(
                 'compression is configured but there is no structure yet: '
@@ -293,8 +300,7 @@ class StaticCompressor(Compressor):
                 'tools/compress.py on it, train with PruneMergeHook in '
                 'custom_hooks, or set compression=None for the dense model'
             )
-
-    # ------------------------------------------------------------------ run
+        return self._counts
 
     def _run(
         self,
@@ -315,33 +321,27 @@ class StaticCompressor(Compressor):
                 x = token_map.restore(x, plainly(layer, z, own))
             if self.observer is not None:
                 group = token_map and token_map.groups(prefix)[None]
-                self._observe(index, group, grid)
+                self.observer._see(index, group, grid)
             if index in outputs:
                 collected[index] = x
         return Outputs(x, collected)
 
     def token_maps(self, grid: Grid) -> list[TokenMap | DenseTokenMap | None]:
-        """The token map of each layer, None where it runs on all tokens.
-
-        ``grid`` is (h, w), patch rows and columns of the input.
-        """
-        self._check_ready()
-        return [self._token_map(i, grid) for i in range(self.shape.depth)]
-
-    def _token_map(
-        self, layer: int, grid: Grid
-    ) -> TokenMap | DenseTokenMap | None:
-        group, count = self.group[layer], self._counts[layer]
-        prefix = self.shape.num_prefix
-        if self.dense and layer in self.layers:
-            live = F.pad(group != PRUNED, (prefix, 0), value=True)
-            found = DenseTokenMap(*self._weights(layer), live)
-        elif count < self.shape.num_tokens:
-            weights = self._weights(layer)
-            found = TokenMap.of_groups(group, count, *weights, prefix)
-        else:
-            return None
-        return on_grid(found, prefix, self.shape.grid, grid)
+        """Token map of each layer on a grid (h, w), None if on all tokens."""
+        maps, prefix = [], self.shape.num_prefix
+        for layer, count in enumerate(self._known_counts()):
+            group = self.group[layer]
+            if self.dense and layer in self.layers:
+                live = F.pad(group != PRUNED, (prefix, 0), value=True)
+                found = DenseTokenMap(*self._weights(layer), live)
+            elif count < self.shape.num_tokens:
+                weights = self._weights(layer)
+                found = TokenMap.of_groups(group, count, *weights, prefix)
+            else:
+                maps.append(None)
+                continue
+            maps.append(on_grid(found, prefix, self.shape.grid, grid))
+        return maps
 
     def _weights(self, layer: int) -> tuple[Tensor, Tensor]:
         """What merges and what restores, of a compressed layer."""

@@ -1,9 +1,8 @@
 """The paper's structures: which patch tokens form a group in which layer.
 
-A *structure* is found once, from scores, and is the same for every image:
-thresholds on the scores say which tokens are centres of groups and which are
-pruned, windows in raster order say who belongs to which centre (Mao et al.,
-arXiv 2503.23455, section 3.3; the windows are those of its code).
+Found once, from scores: thresholds say which tokens are centres of groups and
+which are pruned, windows in raster order who belongs to which centre (Mao et
+al., arXiv 2503.23455, section 3.3; the windows are those of its code).
 """
 
 from __future__ import annotations
@@ -14,29 +13,14 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .compressor import EncoderShape
 from .merging import Grid
 
 PRUNED = -1
 
 
-def check_shape(name: str, given: Tensor, shape: EncoderShape) -> None:
-    """Raise ``ValueError`` unless there is a value for each token, (L, N)."""
-    expected = (shape.depth, shape.num_tokens)
-    if tuple(given.shape) != expected:
-        raise ValueError(
-            f'{name} have shape {tuple(given.shape)}, expected {expected}: '
-            f'{shape.depth} layers on a grid of {shape.grid} patches'
-        )
-
-
 def check_scores(scores: Tensor, layers: Sequence[int]) -> None:
-    """Raise ``ValueError`` unless scores are finite, >= 0 and informative.
-
-    Args:
-        scores (Tensor): (L, N), one row for each of ``layers``.
-        layers (Sequence[int]): For messages.
-    """
+    """Raise ``ValueError`` unless scores are finite, >= 0 and informative;
+    one row (N,) for each of ``layers``."""
     for layer, row in zip(layers, scores):
         if not torch.isfinite(row).all():
             problem = (
@@ -79,53 +63,12 @@ def check_rates(keep_rate: float, prune_rate: float) -> None:
         )
 
 
-def check_layers(
-    layers: Sequence[int] | None, depth: int, decay: float
-) -> list[int]:
-    """The layers to compress, None for all, each with scores left by decay."""
-    chosen = sorted({*(range(depth) if layers is None else layers)})
-    if not chosen or not 0 <= chosen[0] <= chosen[-1] < depth:
-        raise ValueError(
-            f'layers={list(layers)} must name at least one of the layers '
-            f'0..{depth - 1}, and no others'
-        )
-    least = 1 - decay * chosen[-1]
-    if not 0 < least <= 1:
-        raise ValueError(
-            f'decay={decay} leaves layer {chosen[-1]} {least:.3g} of its '
-            'scores, expected a share in (0, 1]: 0.025 is what the paper takes'
-        )
-    return chosen
-
-
-def check_num_groups(
-    num_groups: Sequence[int] | None, layers: int, tokens: int, needed: bool
-) -> list[int]:
-    """Groups of each compressed layer, none if they are not given."""
-    counts = list(num_groups or ())
-    if (needed or num_groups is not None) and (
-        len(counts) != layers or not all(1 <= n <= tokens for n in counts)
-    ):
-        raise ValueError(
-            f'num_groups={num_groups} must hold {layers} counts in '
-            f'1..{tokens}, one for each compressed layer'
-        )
-    return counts
-
-
 def count_groups(
     group: Tensor, layers: Sequence[int], expected: Sequence[int]
 ) -> list[int]:
-    """Groups of each layer, in those not compressed as many as tokens.
-
-    Args:
-        group (Tensor): Group of each token, -1 if pruned, int64, (L, N).
-        layers (Sequence[int]): Those compressed.
-        expected (Sequence[int]): Their groups; may be empty.
-
-    Raises:
-        ValueError: If groups are not numbered 0..K-1, or not as expected.
-    """
+    """Groups of each layer, (L, N), in those not compressed as many as
+    tokens, or ``ValueError`` if they are not numbered 0..K-1, or not as many
+    as ``expected`` of each compressed one, if any."""
     counts = [group.shape[1]] * len(group)
     for index, layer in enumerate(layers):
         used = group[layer].unique()
@@ -185,8 +128,7 @@ def count_tokens(
 
     Returns:
         tuple[list[int], list[int]]: Centres of each layer, 0 where no score
-        reaches a global threshold; centres and merged tokens (all but the
-        pruned ones) of each layer.
+        reaches a global threshold; all but the pruned tokens of each layer.
     """
     depth, tokens = scores.shape
     pool, rows = scores, 1
@@ -212,8 +154,7 @@ def row_window_groups(centres: Tensor, grid: Grid) -> Tensor:
         grid (tuple[int, int]): Height and width, N = h * w.
 
     Returns:
-        Tensor: Group of each token, numbered in the order of the centres,
-        int64, (N,).
+        Tensor: Group of each token, in the order of centres, int64, (N,).
     """
     width, index = grid[1], centres.nonzero().flatten()
     first, second = index[:-1], index[1:]
@@ -227,17 +168,9 @@ def row_window_groups(centres: Tensor, grid: Grid) -> Tensor:
 def make_groups(
     scores: Tensor, centres: Sequence[int], live: Sequence[int], grid: Grid
 ) -> Tensor:
-    """Groups around the tokens with the highest scores.
-
-    Args:
-        scores (Tensor): (L, N). Of equal ones the first count as higher.
-        centres (Sequence[int]): Groups of each layer, K >= 1.
-        live (Sequence[int]): Tokens that are not pruned; centres never are.
-        grid (tuple[int, int]): Height and width, N = h * w.
-
-    Returns:
-        Tensor: Group of each token, 0..K-1, -1 if pruned, int64, (L, N).
-    """
+    """Groups around the tokens with the highest scores (L, N), of equal ones
+    the first: so many centres >= 1 and tokens that are not pruned, as centres
+    never are, in each layer. Numbered 0..K-1, -1 if pruned, int64, (L, N)."""
     group = []
     for row, count, alive in zip(scores, centres, live):
         rank = row.argsort(descending=True, stable=True).argsort()
@@ -254,8 +187,7 @@ def group_weights(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     disjoint supports: ``r_n = m_n / sum_{j in group} m_j^2``.
 
     Args:
-        scores (Tensor): Normalised, (N,). Of a group of zeros all count
-            alike.
+        scores (Tensor): Normalised, (N,). Of a group of zeros all count alike.
         group (Tensor): Group of each token, -1 if pruned, int64, (N,).
 
     Returns:

@@ -9,9 +9,8 @@ tokens are groups of their own and pass through unchanged. With merge weights
     layer      y    = layer(z)
     restore    x'_n = r_n y_g(n)                    (pruned: x_n)
 
-In the paper they are products with matrices, which is what
-:class:`DenseTokenMap` does: because the rows of the merge matrix have disjoint
-supports, a weighted sum and a look-up do the same.
+In the paper they are products with matrices, as in :class:`DenseTokenMap`;
+where groups are disjoint, a weighted sum and a look-up do the same.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .merging import Grid
-from .precision import full_precision
-from .rows import sum_rows
+from .rows import full_precision, sum_rows
 from .structure import PRUNED
 
 
@@ -69,12 +67,8 @@ class TokenMap:
         )
 
     def merge(self, x: Tensor) -> Tensor:
-        """Merge tokens, (B, P+N, C) -> (B, P+K, C).
-
-        A sum where nothing is compiled or exported, and there a product with
-        the merge matrix: no export format lacks that.
-        """
-        if torch.compiler.is_compiling():
+        """Merge tokens, (B, P+N, C) -> (B, P+K, C)."""
+        if torch.compiler.is_compiling():  # no export format lacks a product
             with full_precision(x):
                 return self.merge_matrix.to(x.dtype) @ x
         rows = x * self.merge_weight.to(x.dtype).unsqueeze(1)
@@ -82,15 +76,8 @@ class TokenMap:
         return merged.index_add(1, self.place, rows)
 
     def restore(self, x: Tensor, y: Tensor) -> Tensor:
-        """Bring a layer's output back to all tokens.
-
-        Args:
-            x (Tensor): Tokens before the merge, (B, P+N, C).
-            y (Tensor): The layer's output for ``merge(x)``, (B, P+K, C).
-
-        Returns:
-            Tensor: (B, P+N, C).
-        """
+        """Bring a layer's output for ``merge(x)``, (B, P+K, C), back to all
+        tokens, ``x`` before the merge, (B, P+N, C)."""
         rows = y.index_select(1, self.place)
         rows = rows * self.restore_weight.to(rows.dtype).unsqueeze(1)
         return torch.where(self.live.unsqueeze(1), rows, x)
@@ -161,11 +148,8 @@ class DenseTokenMap:
 def on_grid(
     token_map: TokenMap | DenseTokenMap, num_prefix: int, old: Grid, new: Grid
 ) -> TokenMap | DenseTokenMap:
-    """The map seen from another grid, with as many groups.
-
-    The merge reads an area average of the new grid, the restore is
-    interpolated, both bilinearly.
-    """
+    """The map seen from another grid, with as many groups: the merge reads an
+    area average of it, the restore is interpolated, both bilinearly."""
     if old == new:
         return token_map
 

@@ -109,7 +109,8 @@ FAULTS = (
     ),
     Fault(
         'similarity', 'tokens of unequal length look unequal',
-        'unit = F.normalize(metric, dim=-1)', 'unit = metric', FOUND,
+        'unit = F.normalize(metric, dim=-1)\n    even',
+        'unit = metric\n    even', FOUND,
     ),
     Fault(
         'similarity', 'importance of the partner is ignored',
@@ -125,18 +126,18 @@ FAULTS = (
         'patches = rows[:, num_prefix:]', 'patches = rows', FOUND,
     ),
     Fault(
-        'windows', 'windows overlap',
+        'similarity', 'windows overlap',
         'index = index[: height // 2 * 2, : width // 2 * 2]',
         'index = index[: height // 2 * 2, : width // 2 * 2].roll(1, 1)',
         FOUND,
     ),
     Fault(
-        'windows', 'the least uniform windows merge',
+        'similarity', 'the least uniform windows merge',
         '.topk(count, dim=1)', '.topk(count, dim=1, largest=False)', FOUND,
     ),
     Fault(
         'schedule', 'finding groups costs nothing',
-        'macs += before * self.found + pairs * self.compared', 'macs += 0',
+        'macs += before * found + pairs * compared', 'macs += 0',
         ('test_schedule',),
     ),
     Fault(
@@ -180,13 +181,14 @@ FAULTS = (
     ),
     Fault(
         'schedule', 'the budget is overdrawn',
-        'if cost(shares(middle)) > budget:',
-        'if cost(shares(middle)) > 1.05 * budget:', ('test_schedule',),
+        'return cost(shares(step / 2**40)) <= budget',
+        'return cost(shares(step / 2**40)) <= 1.05 * budget',
+        ('test_schedule',),
     ),
     Fault(
         'merging', 'attention does not know sizes',
-        'return self.x, self.log_size, *self._extra_of(layer)',
-        'return self.x, None, *self._extra_of(layer)', RUN,
+        'return self.x, self.log_size, *extra_of(self.extra, layer)',
+        'return self.x, None, *extra_of(self.extra, layer)', RUN,
     ),
     Fault(
         'progressive', 'outputs on the way stay merged',
@@ -195,7 +197,7 @@ FAULTS = (
     ),
     Fault(
         'progressive', 'keys are compared after attention',
-        'chain.x if compared is None else compared', 'chain.x', RUN,
+        'merge = self._match(compared,', 'merge = self._match(chain.x,', RUN,
     ),
     Fault(
         'progressive', 'importance never counts',

@@ -149,7 +149,7 @@ def count_kernels(
     merge = compressor._match(x, tokens - left, 1, None, shape.grid)
     done = Chain(x, prefix)
     done.merge(merge, compressor.gain[1])
-    (step,) = done.steps
+    ((_, _, became, gain),) = done.steps
     after = done.x + 1
 
     def find(x: Tensor) -> tuple[Tensor, ...]:
@@ -158,11 +158,11 @@ def count_kernels(
 
     def merged(x: Tensor) -> tuple[Tensor, ...]:
         chain = Chain(x, prefix)
-        chain.merge(merge, step.gain.amax())
-        return chain.x, chain.size, chain.log_size, chain.steps[0].gain
+        chain.merge(merge, gain.amax())
+        return chain.x, chain.size, chain.log_size, chain.steps[0][3]
 
     def restored(after: Tensor) -> Tensor:
-        return merge.restore(x, step.merged, after, step.gain)
+        return merge.restore(x, became, after, gain)
 
     parts = {
         'find groups': (find, x, Counter()),
