@@ -36,11 +36,7 @@ from pm_seg.cli import compress, test, train
 from pm_seg.cli.arguments import make_parser
 from pm_seg.cli.config import load_model, resolve_config
 from pm_seg.cli.ending import command, wrong_usage
-from pm_seg.utils import (
-    count_macs,
-    median,
-    time_interleaved,
-)
+from pm_seg.utils import count_macs, median, time_interleaved
 from pm_seg.visualization.figures import panel_figure, save_figure
 from pm_seg.visualization.inspection import dataset_meta, inspect
 
@@ -149,11 +145,8 @@ def _measure(
     with torch.no_grad():
         seconds = time_interleaved(calls)
     return {
-        name: {
-            'gmacs': count_macs(call) / 1e9,
-            'ms': median(seconds[name]) * 1e3,
-        }
-        for name, call in calls.items()
+        name: dict(gmacs=count_macs(f) / 1e9, ms=median(seconds[name]) * 1e3)
+        for name, f in calls.items()
     }
 
 
@@ -168,15 +161,12 @@ def _draw(
     if root is not None:
         cfg['data_root'] = str(root)
     dataset = DATASETS.build(cfg)
-    panels = []
-    for index in range(min(4, len(dataset))):
+    panels, count = [], min(4, len(dataset))
+    for index in range(count):
         one = inspect(small, dataset[index], dense)
-        panels += [
-            *one.prediction_panels(dense.dataset_meta),
-            one.group_panels()[-1],
-        ]
-    columns = len(panels) // min(4, len(dataset))
-    save_figure(panel_figure(panels, columns), path)
+        panels += one.prediction_panels(dense.dataset_meta)
+        panels.append(one.group_panels()[-1])
+    save_figure(panel_figure(panels, len(panels) // count), path)
 
 
 def _table(results: dict[str, dict[str, float]]) -> Table:
@@ -243,21 +233,20 @@ def main(argv: list[str] | None = None) -> None:
         f'load_from={start_pth}',
     )  # fmt: skip
     small = _last(small_dir)
-    miou['compressed, fine-tuned'] = _run(
-        test, small_cfg, str(small), *options
-    )
+    tuned = 'compressed, fine-tuned'
+    miou[tuned] = _run(test, small_cfg, str(small), *options)
 
     console.rule('4. Compare')
     models = {
         'dense': _load(dense_cfg, dense),
         'compressed': _load(small_cfg, start_pth),
-        'compressed, fine-tuned': _load(small_cfg, small),
+        tuned: _load(small_cfg, small),
     }
     results = _measure(models, models['dense'].backbone.img_size)
     for name, metrics in miou.items():
         results[name]['miou'] = float(metrics['mIoU'])
     picture, numbers = work / 'demo.png', work / 'demo.json'
-    _draw(picture, data, models['dense'], models['compressed, fine-tuned'])
+    _draw(picture, data, models['dense'], models[tuned])
     numbers.write_text(json.dumps(results, indent=2) + '\n')
     console.print(_table(results))
     console.print(

@@ -15,15 +15,10 @@ from ..utils.checkpoints import latest_intact_checkpoint
 
 
 def fetch_checkpoint(source: str) -> str:
-    """Local path of a checkpoint; downloads it from an address.
+    """Local path of a checkpoint, which may be an http(s) address.
 
-    Args:
-        source (str): A path, or an http(s) address. A file of the same name
-            in ``checkpoints/`` is used instead of downloading. Only the first
-            process of a machine downloads, the others wait for the file.
-
-    Raises:
-        SystemExit: Saying which file to put where.
+    A file of the same name in ``checkpoints/`` is used instead of downloading.
+    The first process of a machine downloads, the others wait for the file.
     """
     if urlparse(source).scheme not in ('http', 'https'):
         if '://' in source or Path(source).is_file():
