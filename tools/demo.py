@@ -27,6 +27,7 @@ import make_scenes
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import find_latest_checkpoint
 from mmseg.models import EncoderDecoder
 from mmseg.registry import DATASETS
 from rich.console import Console
@@ -110,22 +111,17 @@ def compressed_config(dense: str) -> Config:
     return cfg
 
 
-def _run(tool, *arguments: str):
+def _run(tool, *arguments: str | Path):
     """Run a tool in this process, showing the command that does the same."""
-    name = tool.__name__.rsplit('.', 1)[-1]
+    name, words = tool.__name__.rpartition('.')[2], list(map(str, arguments))
     console.print(
-        f'\n[bold]$ python tools/{name}.py {shlex.join(arguments)}[/bold]',
+        f'\n[bold]$ python tools/{name}.py {shlex.join(words)}[/bold]',
         soft_wrap=True,
     )
-    return tool.main(list(arguments))
+    return tool.main(words)
 
 
-def _last(work_dir: Path) -> Path:
-    """The checkpoint a training run ended with."""
-    return Path((work_dir / 'last_checkpoint').read_text().strip())
-
-
-def _load(config: str, checkpoint: Path) -> EncoderDecoder:
+def _load(config: str, checkpoint: str | Path) -> EncoderDecoder:
     """Any checkpoint, with the names and colours of its dataset."""
     cfg = Config.fromfile(resolve_config(config))
     if 'teacher' in cfg.model:
@@ -205,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.config:
         console.rule('1. Your dense model')
-        dense_cfg, dense = args.config, Path(args.checkpoint)
+        dense_cfg, dense = args.config, args.checkpoint
         small_cfg = str(work / 'compressed.py')
         work.mkdir(parents=True, exist_ok=True)
         compressed_config(dense_cfg).dump(small_cfg)
@@ -214,27 +210,23 @@ def main(argv: list[str] | None = None) -> None:
         console.rule('1. Data, and a dense Segmenter to start from')
         dense_cfg = 'configs/demo/segmenter_scenes.py'
         small_cfg = 'configs/demo/segmenter_pm_scenes.py'
-        _run(make_scenes, str(data), *scenes)
-        _run(train, dense_cfg, '--work-dir', str(dense_dir), *options)
-        dense = _last(dense_dir)
-    miou = {'dense': _run(test, dense_cfg, str(dense), *options)}
+        _run(make_scenes, data, *scenes)
+        _run(train, dense_cfg, '--work-dir', dense_dir, *options)
+        dense = find_latest_checkpoint(dense_dir)
+    miou = {'dense': _run(test, dense_cfg, dense, *options)}
 
     console.rule('2. Compress it to half of its operations, without training')
     start_pth, report = work / 'compressed.pth', work / 'report.html'
-    _run(
-        compress, small_cfg, str(dense), '--out', str(start_pth),
-        '--report', str(report), *options,
-    )  # fmt: skip
-    miou['compressed'] = _run(test, small_cfg, str(start_pth), *options)
+    files = ('--out', start_pth, '--report', report)
+    _run(compress, small_cfg, dense, *files, *options)
+    miou['compressed'] = _run(test, small_cfg, start_pth, *options)
 
     console.rule('3. Fine-tune the compressed model')
-    _run(
-        train, small_cfg, '--work-dir', str(small_dir), *options,
-        f'load_from={start_pth}',
-    )  # fmt: skip
-    small = _last(small_dir)
+    begin = (*options, f'load_from={start_pth}')
+    _run(train, small_cfg, '--work-dir', small_dir, *begin)
+    small = find_latest_checkpoint(small_dir)
     tuned = 'compressed, fine-tuned'
-    miou[tuned] = _run(test, small_cfg, str(small), *options)
+    miou[tuned] = _run(test, small_cfg, small, *options)
 
     console.rule('4. Compare')
     models = {

@@ -62,6 +62,7 @@ def prepare_resume(cfg: Config) -> None:
         cfg.load_from = found
     else:
         print(f'Nothing to resume in {cfg.work_dir}, starting anew')
+        check_checkpoints(cfg)
 
 
 def fix_teacher(cfg: Config) -> None:
@@ -83,8 +84,6 @@ def fix_teacher(cfg: Config) -> None:
 
 def check_checkpoints(cfg: Config) -> None:
     """Make ``load_from`` and pretrained weights local before work starts."""
-    if cfg.get('resume'):
-        return
     named = [(cfg, 'load_from')]
     if not cfg.get('load_from'):  # which would overwrite these
         backbone = cfg.model.get('backbone') or {}

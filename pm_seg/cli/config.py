@@ -13,6 +13,7 @@ from mmengine.fileio import YamlHandler, register_handler
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
+from mmengine.utils import scandir
 
 from ..stacks import installed_stacks
 from ..utils.checkpoints import trusted
@@ -33,11 +34,8 @@ def resolve_config(name: str) -> str:
     config = folder / f'{relative.removesuffix(".py")}.py'
     if config.is_file():
         return str(config)
-    names = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob('*.py')
-        if '_base_' not in path.parts
-    )
+    names = scandir(folder, '.py', recursive=True)
+    names = sorted(name for name in names if '_base_' not in name)
     raise SystemExit(
         f'Config not found: {name}\nThe configs of pm_seg are:\n  '
         + '\n  '.join(names)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -93,13 +93,11 @@ def main(argv: list[str] | None = None) -> None:
     resume = args.resume or cfg.get('resume')
     if not resume:
         check_checkpoints(cfg)
+    lock = work_dir_lock(cfg.work_dir) if is_first_process() else nullcontext()
     try:
-        with ExitStack() as stack:
-            if is_first_process():
-                stack.enter_context(work_dir_lock(cfg.work_dir))
+        with lock:
             if resume:
                 prepare_resume(cfg)
-                check_checkpoints(cfg)
             _run(cfg)
     except WorkDirInUseError as error:
         raise SystemExit(str(error)) from None
