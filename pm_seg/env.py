@@ -44,28 +44,22 @@ def commit(root: Path = ROOT) -> str:
     """Commit of a checkout, '-dirty' if files differ; '' elsewhere."""
     if not (root / '.git').exists():
         return ''
-    git = ['git', '-C', str(root), 'describe', '--always', '--dirty']
+    git = ['git', '-C', root, 'describe', '--always', '--dirty', '--exclude=*']
     try:
-        found = subprocess.run(
-            [*git, '--exclude=*'],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
+        name = subprocess.check_output(
+            git, stderr=subprocess.DEVNULL, text=True, timeout=20
         )
     except (OSError, subprocess.SubprocessError):
         return ''
-    return f'commit {found.stdout.strip()}'
+    return f'commit {name.strip()}'
 
 
 def processor() -> str:
     """Name of the processor, as far as the system tells."""
     info = Path('/proc/cpuinfo')
-    if info.is_file():
-        found = re.search(r'^model name\s*: (.+)$', info.read_text(), re.M)
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
+    text = info.read_text() if info.is_file() else ''
+    found = re.search(r'^model name\s*: (.+)$', text, re.M)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _torch() -> Iterator[tuple[str, str]]:
@@ -91,22 +85,22 @@ def _torch() -> Iterator[tuple[str, str]]:
 def _stack(stacks: Stacks) -> Iterator[tuple[str, str]]:
     yield 'OpenMMLab stack', stacks.kind
     for name, owners in stacks.found.items():
-        found = [f'{number} ({d})' for d, number in owners.items()]
+        found = ', '.join(f'{number} ({d})' for d, number in owners.items())
         problem = imports(name) if found else 'not installed'
-        text = '; '.join(filter(None, [', '.join(found), problem]))
-        yield f'  {name}', text
+        yield f'  {name}', '; '.join(filter(None, [found, problem]))
     if importlib.util.find_spec('mmseg') is not None:
         problem = imports('pm_seg.models')
         yield '  with pm_seg', problem or 'its classes register'
 
 
-def report() -> str:
-    """The report, a line for each item."""
+def main() -> int:
+    """Print the report, a line for each item; 1 if the stack is mixed."""
     stacks = installed_stacks()
+    problem = stacks.problem()
     ours = [__version__, commit(), f'in {ROOT}']
     onnx = [f'{name} {version(name)}' for name in ONNX if version(name)]
     rows = [
-        ('pm_seg', ', '.join(text for text in ours if text)),
+        ('pm_seg', ', '.join(filter(None, ours))),
         ('python', f'{platform.python_version()}, {sys.executable}'),
         ('system', platform.platform()),
         ('CPU', f'{processor()}, {os.cpu_count()} cores'),
@@ -116,22 +110,16 @@ def report() -> str:
         ('ONNX', ', '.join(onnx) or 'not installed'),
     ]
     width = max(len(name) for name, _ in rows)
-    lines = [f'{name:<{width}}  {text}' for name, text in rows]
-    if stacks.problem():
-        lines += ['', f'MIXED STACK: {stacks.problem()}']
+    for name, text in rows:
+        print(f'{name:<{width}}  {text}')
+    if problem:
+        print(f'\nMIXED STACK: {problem}')
     elif not stacks.versions:
-        lines += [
-            '',
-            'Note: only pm_seg.core works. For the rest: pip install -r '
-            'requirements/mminstall.txt',
-        ]
-    return '\n'.join(lines)
-
-
-def main() -> int:
-    """Print the report; 1 if the stack is mixed."""
-    print(report())
-    return int(installed_stacks().problem() is not None)
+        print(
+            '\nNote: only pm_seg.core works. For the rest: pip install -r '
+            'requirements/mminstall.txt'
+        )
+    return int(problem is not None)
 
 
 if __name__ == '__main__':

@@ -17,12 +17,7 @@ DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Stacks:
-    """What is installed.
-
-    Attributes:
-        found (dict[str, dict[str, str]]): Version of each installed
-            distribution, by the import name it installs.
-    """
+    """Versions of the installed distributions, by the import name of each."""
 
     found: Mapping[str, Mapping[str, str]]
 
@@ -48,28 +43,27 @@ class Stacks:
     @property
     def kind(self) -> str:
         """Which stack this is, in a few words."""
-        versions = self.versions
-        if not versions:
+        if not self.versions:
             return 'not installed'
         if self.problem():
-            return f'MIXED: {", ".join(versions)}'
+            return f'MIXED: {", ".join(self.versions)}'
         kind = 'original OpenMMLab'
-        if next(iter(versions)).startswith('onedl-'):
+        if next(iter(self.versions)).startswith('onedl-'):
             kind = 'onedl-* (the maintained forks)'
         whole = all(self.found.values())
         return kind if whole else f'{kind}, not all packages'
 
     def problem(self) -> str | None:
         """What is wrong and how to mend it, None if nothing is."""
-        if not self.mixed and not self.conflicts:
-            return None
-        what = (
-            'the onedl-* forks and the original OpenMMLab packages are mixed'
-        )
         if self.conflicts:
             name, owners = next(iter(self.conflicts.items()))
-            what = f'{" and ".join(owners)} own the same files, those of'
-            what += f' {name}'
+            both = ' and '.join(owners)
+            what = f'{both} own the same files, those of {name}'
+        elif self.mixed:
+            forks = 'the onedl-* forks'
+            what = f'{forks} and the original OpenMMLab packages are mixed'
+        else:
+            return None
         found = ', '.join(f'{name}=={v}' for name, v in self.versions.items())
         return (
             f'{what}; expected one stack alone, found {found}. Remove all of '

@@ -27,6 +27,7 @@ import make_scenes
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import find_latest_checkpoint
 from mmseg.models import EncoderDecoder
 from mmseg.registry import DATASETS
 from rich.console import Console
@@ -36,11 +37,7 @@ from pm_seg.cli import compress, test, train
 from pm_seg.cli.arguments import make_parser
 from pm_seg.cli.config import load_model, resolve_config
 from pm_seg.cli.ending import command, wrong_usage
-from pm_seg.utils import (
-    count_macs,
-    median,
-    time_interleaved,
-)
+from pm_seg.utils import count_macs, median, time_interleaved
 from pm_seg.visualization.figures import panel_figure, save_figure
 from pm_seg.visualization.inspection import dataset_meta, inspect
 
@@ -114,22 +111,17 @@ def compressed_config(dense: str) -> Config:
     return cfg
 
 
-def _run(tool, *arguments: str):
+def _run(tool, *arguments: str | Path):
     """Run a tool in this process, showing the command that does the same."""
-    name = tool.__name__.rsplit('.', 1)[-1]
+    name, words = tool.__name__.rpartition('.')[2], list(map(str, arguments))
     console.print(
-        f'\n[bold]$ python tools/{name}.py {shlex.join(arguments)}[/bold]',
+        f'\n[bold]$ python tools/{name}.py {shlex.join(words)}[/bold]',
         soft_wrap=True,
     )
-    return tool.main(list(arguments))
+    return tool.main(words)
 
 
-def _last(work_dir: Path) -> Path:
-    """The checkpoint a training run ended with."""
-    return Path((work_dir / 'last_checkpoint').read_text().strip())
-
-
-def _load(config: str, checkpoint: Path) -> EncoderDecoder:
+def _load(config: str, checkpoint: str | Path) -> EncoderDecoder:
     """Any checkpoint, with the names and colours of its dataset."""
     cfg = Config.fromfile(resolve_config(config))
     if 'teacher' in cfg.model:
@@ -149,11 +141,8 @@ def _measure(
     with torch.no_grad():
         seconds = time_interleaved(calls)
     return {
-        name: {
-            'gmacs': count_macs(call) / 1e9,
-            'ms': median(seconds[name]) * 1e3,
-        }
-        for name, call in calls.items()
+        name: dict(gmacs=count_macs(f) / 1e9, ms=median(seconds[name]) * 1e3)
+        for name, f in calls.items()
     }
 
 
@@ -168,15 +157,12 @@ def _draw(
     if root is not None:
         cfg['data_root'] = str(root)
     dataset = DATASETS.build(cfg)
-    panels = []
-    for index in range(min(4, len(dataset))):
+    panels, count = [], min(4, len(dataset))
+    for index in range(count):
         one = inspect(small, dataset[index], dense)
-        panels += [
-            *one.prediction_panels(dense.dataset_meta),
-            one.group_panels()[-1],
-        ]
-    columns = len(panels) // min(4, len(dataset))
-    save_figure(panel_figure(panels, columns), path)
+        panels += one.prediction_panels(dense.dataset_meta)
+        panels.append(one.group_panels()[-1])
+    save_figure(panel_figure(panels, len(panels) // count), path)
 
 
 def _table(results: dict[str, dict[str, float]]) -> Table:
@@ -215,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.config:
         console.rule('1. Your dense model')
-        dense_cfg, dense = args.config, Path(args.checkpoint)
+        dense_cfg, dense = args.config, args.checkpoint
         small_cfg = str(work / 'compressed.py')
         work.mkdir(parents=True, exist_ok=True)
         compressed_config(dense_cfg).dump(small_cfg)
@@ -224,40 +210,35 @@ def main(argv: list[str] | None = None) -> None:
         console.rule('1. Data, and a dense Segmenter to start from')
         dense_cfg = 'configs/demo/segmenter_scenes.py'
         small_cfg = 'configs/demo/segmenter_pm_scenes.py'
-        _run(make_scenes, str(data), *scenes)
-        _run(train, dense_cfg, '--work-dir', str(dense_dir), *options)
-        dense = _last(dense_dir)
-    miou = {'dense': _run(test, dense_cfg, str(dense), *options)}
+        _run(make_scenes, data, *scenes)
+        _run(train, dense_cfg, '--work-dir', dense_dir, *options)
+        dense = find_latest_checkpoint(dense_dir)
+    miou = {'dense': _run(test, dense_cfg, dense, *options)}
 
     console.rule('2. Compress it to half of its operations, without training')
     start_pth, report = work / 'compressed.pth', work / 'report.html'
-    _run(
-        compress, small_cfg, str(dense), '--out', str(start_pth),
-        '--report', str(report), *options,
-    )  # fmt: skip
-    miou['compressed'] = _run(test, small_cfg, str(start_pth), *options)
+    files = ('--out', start_pth, '--report', report)
+    _run(compress, small_cfg, dense, *files, *options)
+    miou['compressed'] = _run(test, small_cfg, start_pth, *options)
 
     console.rule('3. Fine-tune the compressed model')
-    _run(
-        train, small_cfg, '--work-dir', str(small_dir), *options,
-        f'load_from={start_pth}',
-    )  # fmt: skip
-    small = _last(small_dir)
-    miou['compressed, fine-tuned'] = _run(
-        test, small_cfg, str(small), *options
-    )
+    begin = (*options, f'load_from={start_pth}')
+    _run(train, small_cfg, '--work-dir', small_dir, *begin)
+    small = find_latest_checkpoint(small_dir)
+    tuned = 'compressed, fine-tuned'
+    miou[tuned] = _run(test, small_cfg, small, *options)
 
     console.rule('4. Compare')
     models = {
         'dense': _load(dense_cfg, dense),
         'compressed': _load(small_cfg, start_pth),
-        'compressed, fine-tuned': _load(small_cfg, small),
+        tuned: _load(small_cfg, small),
     }
     results = _measure(models, models['dense'].backbone.img_size)
     for name, metrics in miou.items():
         results[name]['miou'] = float(metrics['mIoU'])
     picture, numbers = work / 'demo.png', work / 'demo.json'
-    _draw(picture, data, models['dense'], models['compressed, fine-tuned'])
+    _draw(picture, data, models['dense'], models[tuned])
     numbers.write_text(json.dumps(results, indent=2) + '\n')
     console.print(_table(results))
     console.print(

@@ -11,12 +11,9 @@ from mmengine.config import DictAction
 
 
 def make_parser(prog: str, doc: str) -> argparse.ArgumentParser:
-    """A parser whose help is the docstring of the tool's module.
+    """A parser whose help is the docstring of a tool.
 
-    Args:
-        prog (str): Name of the file in ``tools``.
-        doc (str): What it does; the help ends with what is there from the
-            line 'example:' or 'examples:' on.
+    It ends with what is there from the line 'example:' or 'examples:' on.
     """
     about, _, examples = doc.partition('\nexample')
     codes = 'exit codes: 0 done, 1 failed, 2 wrong usage'
@@ -83,11 +80,7 @@ def add_size(parser: argparse._ActionsContainer) -> None:
 
 
 def output_file(path: str) -> Path:
-    """Type of arguments: a file that can be written.
-
-    Raises:
-        SystemExit: Naming what is in the way, before the work starts.
-    """
+    """Type of arguments: a file that can be written; stops if it cannot."""
     if Path(path).is_dir():
         raise SystemExit(
             f'Cannot write {path}: it is a folder; give the name of a file'
@@ -98,9 +91,8 @@ def output_file(path: str) -> Path:
 
 def output_folder(path: str | Path) -> Path:
     """The same for a folder, which may have to be made."""
-    above = Path(path)
-    while not above.exists():
-        above = above.parent
+    path = Path(path)
+    above = next(p for p in (path, *path.parents) if p.exists())
     if not above.is_dir():
         raise SystemExit(
             f'Cannot write to {path}: {above} is a file, expected a folder; '
@@ -111,4 +103,4 @@ def output_folder(path: str | Path) -> Path:
             f'Cannot write to {path}: no permission to write in {above}; '
             'choose another place, or change its permissions'
         )
-    return Path(path)
+    return path

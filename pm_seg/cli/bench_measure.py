@@ -7,13 +7,14 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..utils import time_interleaved
-from .export_onnx import Predictor, export
+from .export_onnx import Predictor, export, open_session
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 MODES = ('eager', 'compiled', 'cudagraph', 'onnx')
@@ -48,24 +49,18 @@ def measure(
         between the quartiles) of the latency, and GiB that this model alone
         needs at its peak, None on a CPU.
     """
-    device = torch.device('cpu' if mode == 'onnx' else device)
-    dtype = 'fp32' if mode == 'onnx' else dtype
+    if mode == 'onnx':
+        device, dtype = 'cpu', 'fp32'
+    device = torch.device(device)
     images = images.to(device)
     calls: dict[str, Call] = {}
     memory: dict[str, float | None] = {}
     for name, model in models.items():
-
-        def make(model: nn.Module = model) -> Call:
-            if mode == 'onnx':
-                return _onnx(model.eval(), images)
-            own = copy.deepcopy(model).to(device)
-            return _call(own, images, DTYPES[dtype], mode, train)
-
+        make = partial(_call, model, images, DTYPES[dtype], mode, train)
         calls[name], memory[name] = _warmed_up(make, mode, device)
-    seconds = time_interleaved(calls, rounds)
     base, rows = None, []
-    for name, peak in memory.items():
-        low, middle, high = statistics.quantiles(seconds[name], n=4)
+    for name, seconds in time_interleaved(calls, rounds).items():
+        low, middle, high = statistics.quantiles(seconds, n=4)
         base = base or middle
         rows.append(
             dict(
@@ -80,7 +75,7 @@ def measure(
                 spread_ms=(high - low) / 2 * 1e3,
                 images_per_s=len(images) / middle,
                 speedup=base / middle,
-                peak_gib=peak,
+                peak_gib=memory[name],
             )
         )
     return rows
@@ -131,6 +126,9 @@ def _call(
     train: bool,
 ) -> Call:
     """Prediction in a type, or a training step in mixed precision."""
+    if mode == 'onnx':
+        return _onnx(model.eval(), images)
+    model = copy.deepcopy(model).to(images.device)
 
     def predict(images: Tensor) -> Tensor:
         return model(images, mode='tensor')
@@ -142,9 +140,7 @@ def _call(
         )
     if not train:
         model.eval().to(dtype)
-        images = images.to(dtype)
-        predict = torch.inference_mode()(predict)
-        return lambda: predict(images)
+        return partial(torch.inference_mode()(predict), images.to(dtype))
     model.train()
     mixed = dtype != torch.float32
 
@@ -158,18 +154,8 @@ def _call(
 
 
 def _onnx(model: nn.Module, images: Tensor) -> Call:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Sessions that wait for their turn must not keep the cores busy.
-    spinning = 'session.intra_op.allow_spinning'
-    options.add_session_config_entry(spinning, '0')
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.onnx'
         export(Predictor(model, resize=False).eval(), images, path)
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=['CPUExecutionProvider']
-        )
-    array = images.numpy()
-    return lambda: session.run(None, {'images': array})
+        session = open_session(path)
+    return partial(session.run, None, {'images': images.numpy()})

@@ -63,10 +63,10 @@ def build_models(
     if not MMLogger.check_instance_created('pm_seg'):
         # No line for each weight, nor for each time a checkpoint is loaded.
         MMLogger.get_instance('pm_seg', log_level='ERROR')
-    patch, native = patch_size(cfg), image_size(cfg)
+    patch = _patch_size(cfg)
     grid, native_grid = (
         tuple(-(-side // step) for side, step in zip(sides, patch))
-        for sides in (size, native)
+        for sides in (size, image_size(cfg))
     )
     torch.manual_seed(0)
     dense = _build_dense(cfg, (grid[0] * patch[0], grid[1] * patch[1]))
@@ -74,8 +74,16 @@ def build_models(
         dense.init_weights()
         state = dense.state_dict()
     weights = {k: v for k, v in state.items() if '.compressor.' not in k}
-    if grid != native_grid:
-        _fit_positions(weights, dense.backbone, grid, native_grid)
+    vit, positions = dense.backbone, weights.get(_POSITIONS)
+    if (
+        grid != native_grid
+        and isinstance(vit, VisionTransformer)  # others do it when they load
+        and positions is not None
+        and positions.shape != vit.pos_embed.shape
+    ):
+        weights[_POSITIONS] = vit.resize_pos_embed(
+            positions, grid, native_grid, 'bicubic'
+        )
     dense.load_state_dict(weights)
     # Groups by position are of the native grid, and give those of others.
     positional = any(key.endswith('.compressor.group') for key in state)
@@ -103,7 +111,7 @@ def build_models(
     return models, missing
 
 
-def patch_size(cfg: Config) -> tuple[int, int]:
+def _patch_size(cfg: Config) -> tuple[int, int]:
     """Height and width of a patch; timm's models know it once built."""
     backbone = cfg.model.backbone
     if 'model_name' in backbone:
@@ -120,29 +128,12 @@ def image_size(cfg: Config) -> tuple[int, int]:
 def _build_dense(cfg: Config, size: tuple[int, int]) -> nn.Module:
     """For an image size, without teacher and pretrained weights."""
     model = copy.deepcopy(cfg.model)
-    model.backbone.img_size = size
-    model.backbone.compression = None
-    for node, source in (
-        (model, 'pretrained'),
-        (model, 'teacher'),
-        (model.backbone, 'pretrained'),
-        (model.backbone, 'init_cfg'),
-    ):
-        node.pop(source, None)
+    model.backbone.update(img_size=size, compression=None)
+    for name in ('pretrained', 'teacher'):
+        model.pop(name, None)
+    for name in ('pretrained', 'init_cfg'):
+        model.backbone.pop(name, None)
     return MODELS.build(model)
-
-
-def _fit_positions(
-    weights: State, vit: nn.Module, grid: Grid, native: Grid
-) -> None:
-    """Resize position embeddings of mmseg; others do that when they load."""
-    positions = weights.get(_POSITIONS)
-    if positions is None or positions.shape == vit.pos_embed.shape:
-        return
-    if isinstance(vit, VisionTransformer):
-        weights[_POSITIONS] = vit.resize_pos_embed(
-            positions, grid, native, 'bicubic'
-        )
 
 
 def _compressed(dense: nn.Module, options: dict, grid: Grid) -> nn.Module:
@@ -155,6 +146,5 @@ def _compressed(dense: nn.Module, options: dict, grid: Grid) -> nn.Module:
 def _meet(compressor: Compressor, keep: float) -> None:
     """Set the cost of the layers; scores, where there are none, at random."""
     if compressor.needs_scores and not compressor.has_scores:
-        scores = torch.rand(compressor.scores.shape) + 0.1
-        compressor.store(scores)
+        compressor.store(torch.rand(compressor.scores.shape) + 0.1)
     compressor.set_keep(keep)

@@ -21,15 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 import torch
-from mmengine.utils import to_2tuple
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from ..utils import count_macs
 from ..utils.checkpoints import load_from_local
@@ -69,14 +68,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs='?',
         help='dense or compressed; without one all weights are random',
     )
-    group = parser.add_argument_group('what is compared')
-    group.add_argument(
+    add = parser.add_argument_group('what is compared').add_argument
+    add(
         '--keep',
         type=float,
         help="share of the MACs of the encoder's layers; defaults to the "
         "checkpoint's if it is compressed, else to the config's",
     )
-    group.add_argument(
+    add(
         '--methods',
         nargs='+',
         choices=list(METHODS),
@@ -85,7 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f'of {", ".join(METHODS)} (default all)',
     )
     group = parser.add_argument_group('settings; each combination is a table')
-    group.add_argument(
+    add = group.add_argument
+    add(
         '--modes',
         nargs='+',
         choices=MODES,
@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f'of {", ".join(MODES)} (default eager); cudagraph needs CUDA, '
         'onnx is onnxruntime on the CPU in fp32, whatever the device',
     )
-    group.add_argument(
+    add(
         '--dtype',
         nargs='+',
         choices=list(DTYPES),
@@ -102,13 +102,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar='DTYPE',
         help=f'of {", ".join(DTYPES)} (default fp32)',
     )
-    group.add_argument(
+    add(
         '--no-tf32',
         action='store_true',
         help='fp32 on CUDA without TF32, which makes dense products slow and '
         'every compression look good',
     )
-    group.add_argument(
+    add(
         '--batch-size',
         type=int,
         nargs='+',
@@ -117,17 +117,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='images at a time (default 1)',
     )
     add_size(group)
-    group.add_argument(
-        '--train', action='store_true', help='time training steps instead'
-    )
+    add('--train', action='store_true', help='time training steps instead')
     group = parser.add_argument_group('measuring')
-    group.add_argument(
-        '--rounds', type=int, default=15, help='timed turns (default 15)'
-    )
+    add = group.add_argument
+    add('--rounds', type=int, default=15, help='timed turns (default 15)')
     add_device(group)
-    group.add_argument(
-        '--out', type=output_file, metavar='FILE', help='JSON file to write'
-    )
+    add('--out', type=output_file, metavar='FILE', help='JSON file to write')
     return parser.parse_args(argv)
 
 
@@ -146,28 +141,22 @@ def _check(args: argparse.Namespace) -> None:
         wrong_usage(f'--size must be 1 or more, got {args.size}')
 
 
-def _costs(
-    models: Mapping[str, nn.Module], size: tuple[int, int]
-) -> dict[str, dict]:
+def _costs(model: nn.Module, probe: Tensor) -> dict:
     """Share of the layers, GMACs of the whole model and its parameters."""
-    probe, costs = torch.zeros(1, 3, *size), {}
-    for name, model in models.items():
-        model.eval()
-        compressor = model.backbone.compressor
-        costs[name] = dict(
-            share=1.0 if compressor is None else compressor.share,
-            gmacs=count_macs(lambda m=model: m(probe, mode='tensor')) / 1e9,
-            parameters=sum(p.numel() for p in model.parameters()),
-        )
-    return costs
+    model.eval()
+    compressor = model.backbone.compressor
+    return dict(
+        share=1.0 if compressor is None else compressor.share,
+        gmacs=count_macs(lambda: model(probe, mode='tensor')) / 1e9,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
 
 
 def table(rows: Sequence[dict]) -> Table:
     """Rows of one setting as a table that fits 80 columns.
 
-    'layers' is the cost of the layers as a share of the dense ones', 'GMACs'
-    that of the whole model, 'of ideal' the share of the speed that fewer
-    operations promise.
+    'layers' and 'GMACs' are the cost of the layers, as a share of the dense
+    ones', and of the model; 'of ideal' is the share of the promised speed.
     """
     first = rows[0]
     what = 'training step' if first['train'] else 'inference'
@@ -217,7 +206,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         f'{about["config"]} on {device_name(device)}, torch '
         f'{about["torch"]}, pm_seg {about["pm_seg"]}'
     )
-    size = tuple(to_2tuple(args.size or image_size(cfg)))
+    size = tuple(args.size or image_size(cfg))
     state = None
     if args.checkpoint:
         saved = load_from_local(fetch_checkpoint(args.checkpoint), 'cpu')
@@ -225,10 +214,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     models, missing = build_models(cfg, size, args.methods, args.keep, state)
     for name, why in missing.items():
         console.print(f'{name} is left out: {why}')
-    costs = _costs(models, size)
-    results: list[dict] = []
-    settings = product(args.dtype, args.batch_size, args.modes)
-    for dtype, batch, mode in settings:
+    probe, results = torch.zeros(1, 3, *size), []
+    costs = {name: _costs(model, probe) for name, model in models.items()}
+    for dtype, batch, mode in product(args.dtype, args.batch_size, args.modes):
         if mode == 'onnx' and dtype != args.dtype[0]:
             continue  # of one precision alone
         images = torch.randn(batch, 3, *size)

@@ -15,15 +15,10 @@ from ..utils.checkpoints import latest_intact_checkpoint
 
 
 def fetch_checkpoint(source: str) -> str:
-    """Local path of a checkpoint; downloads it from an address.
+    """Local path of a checkpoint, which may be an http(s) address.
 
-    Args:
-        source (str): A path, or an http(s) address. A file of the same name
-            in ``checkpoints/`` is used instead of downloading. Only the first
-            process of a machine downloads, the others wait for the file.
-
-    Raises:
-        SystemExit: Saying which file to put where.
+    A file of the same name in ``checkpoints/`` is used instead of downloading.
+    The first process of a machine downloads, the others wait for the file.
     """
     if urlparse(source).scheme not in ('http', 'https'):
         if '://' in source or Path(source).is_file():
@@ -67,6 +62,7 @@ def prepare_resume(cfg: Config) -> None:
         cfg.load_from = found
     else:
         print(f'Nothing to resume in {cfg.work_dir}, starting anew')
+        check_checkpoints(cfg)
 
 
 def fix_teacher(cfg: Config) -> None:
@@ -88,8 +84,6 @@ def fix_teacher(cfg: Config) -> None:
 
 def check_checkpoints(cfg: Config) -> None:
     """Make ``load_from`` and pretrained weights local before work starts."""
-    if cfg.get('resume'):
-        return
     named = [(cfg, 'load_from')]
     if not cfg.get('load_from'):  # which would overwrite these
         backbone = cfg.model.get('backbone') or {}

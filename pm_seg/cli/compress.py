@@ -17,10 +17,8 @@ examples:
 from __future__ import annotations
 
 import argparse
-import copy
 import shlex
 import sys
-from contextlib import nullcontext
 from dataclasses import fields
 from datetime import datetime, timezone
 from functools import partial
@@ -29,7 +27,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
-from mmengine.runner import Runner, weights_to_cpu
+from mmengine.registry import DATASETS
+from mmengine.runner import weights_to_cpu
 
 from ..core.compressor import check_share
 from ..engine.compression import (
@@ -56,18 +55,16 @@ from .ending import command, wrong_usage
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser('compress.py', __doc__)
     add_config(parser)
-    parser.add_argument('checkpoint', help='dense or compressed checkpoint')
-    parser.add_argument(
-        '--out', type=output_file, required=True, help='checkpoint to write'
-    )
-    group = parser.add_argument_group(
-        'how much to keep, else what the config says'
-    )
-    budget = group.add_mutually_exclusive_group()
-    budget.add_argument(
+    add = parser.add_argument
+    add('checkpoint', help='dense or compressed checkpoint')
+    add('--out', type=output_file, required=True, help='checkpoint to write')
+    title = 'how much to keep, else what the config says'
+    budget = parser.add_argument_group(title).add_mutually_exclusive_group()
+    add = budget.add_argument
+    add(
         '--keep', type=float, help="share of the layers' operations, in (0, 1]"
     )
-    budget.add_argument(
+    add(
         '--target',
         metavar='KIND=VALUE',
         help='a budget of the whole model, with KIND one of '
@@ -77,30 +74,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group(
         "measuring, on what the config's hook says, else 8 and 50 batches"
     )
-    group.add_argument(
-        '--calib-batches', type=int, metavar='N', help='0 for no measuring'
-    )
-    group.add_argument(
+    add = group.add_argument
+    add('--calib-batches', type=int, metavar='N', help='0 for no measuring')
+    add(
         '--score-batches', type=int, metavar='N', help="for type='paper' alone"
     )
-    group.add_argument(
-        '--speed', action='store_true', help='time an image, dense as well'
-    )
-    group.add_argument(
+    add('--speed', action='store_true', help='time an image, dense as well')
+    add(
         '--evaluate',
         action='store_true',
         help='accuracy on the validation data, dense and compressed',
     )
     add_device(group)
-    group = parser.add_argument_group('report')
-    group.add_argument(
+    add = parser.add_argument_group('report').add_argument
+    add(
         '--report',
         type=output_file,
         metavar='HTML',
         help='page to write about structure, costs, speed on the CPU, '
         'accuracy (with --evaluate) and pictures; a single file',
     )
-    group.add_argument(
+    add(
         '--report-images',
         nargs='+',
         metavar='IMG',
@@ -157,15 +151,12 @@ def _save(path: Path, model: BaseModel, meta: dict) -> None:
 
 def _accuracy(model: BaseModel, cfg: Config) -> dict[str, dict[str, float]]:
     """Metrics of the validation data, 'dense' and 'compressed'."""
-    metrics = {}
     with shown_progress() as progress:
-        for name, setting in (
-            ('dense', uncompressed(model)),
-            ('compressed', nullcontext()),
-        ):
-            title = f'Evaluating, {name}'
-            with setting:
-                metrics[name] = evaluate(model, cfg, partial(progress, title))
+        with uncompressed(model):
+            show = partial(progress, 'Evaluating, dense')
+            metrics = dict(dense=evaluate(model, cfg, show))
+        show = partial(progress, 'Evaluating, compressed')
+        metrics['compressed'] = evaluate(model, cfg, show)
     for name, values in metrics.items():
         shown = '  '.join(f'{k}: {v:.2f}' for k, v in values.items())
         print(f'{name + ":":<12}{shown}')
@@ -182,9 +173,7 @@ def _samples(cfg: Config, images: list[str] | None) -> list[dict]:
     except SystemExit as error:
         print(f'No pictures in the report: {error}', file=sys.stderr)
         return []
-    loader = copy.deepcopy(cfg.val_dataloader)
-    loader.update(num_workers=0, persistent_workers=False)
-    dataset = Runner.build_dataloader(loader).dataset
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
     return [dataset[0], dataset[len(dataset) // 2]][: len(dataset)]
 
 

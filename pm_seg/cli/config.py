@@ -13,39 +13,29 @@ from mmengine.fileio import YamlHandler, register_handler
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
+from mmengine.utils import scandir
 
 from ..stacks import installed_stacks
 from ..utils.checkpoints import trusted
 from .checkpoint import fetch_checkpoint
 from .data import datasets
-
-PACKAGE = Path(__file__).resolve().parents[1]
+from .ending import PACKAGE
 
 
 def resolve_config(name: str) -> str:
-    """Path of a config given as a path or as the name of one of ours.
-
-    Args:
-        name (str): An existing file, or one of the package's configs with or
-            without ``configs/`` in front and ``.py`` behind.
-
-    Raises:
-        SystemExit: If there is no such config; lists those there are.
-    """
+    """Path of a config: a file, or one of ours by its name, with or without
+    ``configs/`` in front and ``.py`` behind; stops if there is none."""
     if Path(name).is_file():
         return name
     folder = PACKAGE / '.mim' / 'configs'  # of an installed copy
     if not folder.is_dir():
         folder = PACKAGE.parent / 'configs'
     relative = name.removeprefix('./').removeprefix('configs/')
-    for candidate in (folder / relative, folder / f'{relative}.py'):
-        if candidate.is_file():
-            return str(candidate)
-    names = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob('*.py')
-        if '_base_' not in path.parts
-    )
+    config = folder / f'{relative.removesuffix(".py")}.py'
+    if config.is_file():
+        return str(config)
+    names = scandir(folder, '.py', recursive=True)
+    names = sorted(name for name in names if '_base_' not in name)
     raise SystemExit(
         f'Config not found: {name}\nThe configs of pm_seg are:\n  '
         + '\n  '.join(names)
@@ -60,11 +50,7 @@ class _SafeYaml(YamlHandler):
 
 
 def check_environment() -> None:
-    """Refuse mixed installations; let torch load weights alone from here on.
-
-    Raises:
-        SystemExit: If two packages own the files of one module.
-    """
+    """Refuse mixed installations; let torch load weights alone from now on."""
     stacks = installed_stacks()
     if stacks.conflicts:
         raise SystemExit(f'Broken installation: {stacks.problem()}')
@@ -79,11 +65,10 @@ def load_config(args: argparse.Namespace) -> Config:
     """Read the config, apply ``--cfg-options`` and enter its scope."""
     check_environment()
     cfg = Config.fromfile(resolve_config(args.config))
-    options = args.cfg_options or {}
-    old_root = cfg.get('data_root')
+    options, old_root = args.cfg_options or {}, cfg.get('data_root')
     cfg.merge_from_dict(options)
     if 'data_root' in options:
-        for dataset in datasets(cfg):
+        for dataset in datasets(cfg, 'train', 'val', 'test'):
             if old_root in (None, dataset.get('data_root')):
                 dataset.data_root = options['data_root']
     if cfg.get('data_preprocessor'):  # where mmpretrain's configs have it

@@ -28,31 +28,30 @@ from .ending import command
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser('convert_checkpoint.py', __doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         'kind',
         choices=CONVERTERS,
         help="timm: ViT, DeiT or MAE classifiers with timm's names; "
         'segmenter: the Segmenter repository (reads variant.yml beside the '
         'input); pm-vit and pm-segmenter: released Prune-and-Merge models',
     )
-    parser.add_argument('input', help='.pth, .npz or .safetensors file')
-    parser.add_argument(
-        'output', type=output_file, help='checkpoint to write, *.pth'
-    )
-    group = parser.add_argument_group('what the input does not say')
-    group.add_argument(
+    add('input', help='.pth, .npz or .safetensors file')
+    add('output', type=output_file, help='checkpoint to write, *.pth')
+    add = parser.add_argument_group('what the input does not say').add_argument
+    add(
         '--num-heads',
         type=int,
         help='heads of the encoder; defaults to 64 channels each',
     )
-    group.add_argument(
+    add(
         '--img-size',
         type=int,
         nargs='+',
         metavar=('HEIGHT', 'WIDTH'),
         help='image size of the position embedding; defaults to a square',
     )
-    group.add_argument(
+    add(
         '--normalization',
         choices=NORMALIZATIONS,
         help='pixel mean and std the model was trained with: 127.5 (vit) or '
@@ -66,12 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``tools/convert_checkpoint.py``."""
     args = parse_args(argv)
     check_environment()
-    targets = [Path(args.output), Path(args.output).with_suffix('.py')]
-    if targets[0].suffix != '.pth':
+    if args.output.suffix != '.pth':
         raise SystemExit(
             f'Cannot write {args.output}: expected a name that ends in .pth'
         )
-    output_file(str(targets[1]))
+    config = output_file(args.output.with_suffix('.py'))
     try:
         state, hints = read_source(
             args.input,
@@ -79,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             img_size=args.img_size and pair(args.img_size),
             normalization=args.normalization,
         )
-        for target in targets:
+        for target in (args.output, config):
             if target.exists() and target.samefile(args.input):
                 raise SystemExit(
                     f'Cannot write {target}: it is the input; choose another '
@@ -87,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
         converted = CONVERTERS[args.kind](state, hints)
         origin = f'{args.kind} {Path(args.input).name}'
-        config = write_converted(converted, args.output, origin)
+        write_converted(converted, args.output, origin)
     except (CheckpointError, OSError) as error:
         raise SystemExit(f'Cannot convert {args.input}: {error}') from None
     for note in converted.notes:

@@ -40,28 +40,21 @@ _DATASET_HELP = {
 }
 
 
-def datasets(
-    cfg: Config, loaders: tuple[str, ...] = ('train', 'val', 'test')
-) -> Iterator[ConfigDict]:
-    """Dataset dicts with a data root, those inside wrappers included."""
-
-    def walk(node: object) -> Iterator[ConfigDict]:
+def datasets(cfg: Config, *loaders: str) -> Iterator[ConfigDict]:
+    """Dataset dicts of loaders with a data root, also inside wrappers."""
+    nodes = [cfg.get(f'{loader}_dataloader') for loader in loaders]
+    while nodes:
+        node = nodes.pop(0)
         if isinstance(node, dict):
             if 'data_root' in node:
                 yield node
             node = list(node.values())
         if isinstance(node, (list, tuple)):
-            for value in node:
-                yield from walk(value)
-
-    for loader in loaders:
-        yield from walk(cfg.get(f'{loader}_dataloader'))
+            nodes[:0] = node
 
 
 def _data_paths(dataset: ConfigDict) -> Iterator[tuple[Path, str]]:
-    """Folders and files a dataset reads, as far as its config tells, and the
-    suffix of the files in them, '' for any.
-    """
+    """Folders and files a dataset reads, and suffixes of files, '' for any."""
     root, kind = Path(dataset.data_root or '.'), str(dataset.get('type'))
     prefix = dataset.get('data_prefix') or ''
     if isinstance(prefix, dict):
@@ -80,24 +73,16 @@ def _data_paths(dataset: ConfigDict) -> Iterator[tuple[Path, str]]:
 
 
 def check_data(cfg: Config, *loaders: str) -> None:
-    """Stop with one clear message if a dataset is not there.
-
-    Args:
-        cfg (Config): The config.
-        *loaders (str): Which of 'train', 'val' and 'test' are needed.
-
-    Raises:
-        SystemExit: Naming the missing folder and what to put there.
-    """
-    for dataset in datasets(cfg, loaders):
+    """Stop if a dataset of 'train', 'val' or 'test' is not there, naming the
+    missing folder and what to put there."""
+    for dataset in datasets(cfg, *loaders):
         for path, suffix in _data_paths(dataset):
             if path.is_file() or any(path.rglob(f'*{suffix}')):
                 continue
             state = 'does not exist'
             if path.is_dir():
-                state = 'is empty'
-                if suffix:
-                    state += f': no file ending in {suffix} (img_suffix)'
+                wanted = f': no file ending in {suffix} (img_suffix)'
+                state = f'is empty{wanted if suffix else ""}'
             kind = dataset.get('type', 'dataset')
             message = (
                 f'{kind}: {path} {state}.\n'

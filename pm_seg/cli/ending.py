@@ -76,14 +76,10 @@ def _misspelt(error: Exception) -> str | None:
 def command(on_interrupt: str = '') -> Iterator[None]:
     """Decorator of a tool's ``main``: it ends with a message.
 
-    Ctrl-C gives a line and exit code 130; an error of pm_seg, about a config,
-    a checkpoint or a target that cannot be, its message and no traceback;
-    a misspelt option or type of a config, what there is.
-    ``PM_SEG_TRACEBACK=1`` in the environment shows the traceback. Warnings
-    that no user can act on are hidden.
-
-    Args:
-        on_interrupt (str): What is left, or how to go on.
+    Ctrl-C gives one, with ``on_interrupt``, and exit code 130; an error of
+    pm_seg its message and no traceback; a misspelt option or type of a config,
+    what there is. ``PM_SEG_TRACEBACK=1`` in the environment shows the
+    traceback. Warnings that no user can act on are hidden.
     """
     quiet_warnings()
     try:

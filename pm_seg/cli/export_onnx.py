@@ -20,6 +20,7 @@ import inspect
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,22 +36,19 @@ from .ending import command
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser('export_onnx.py', __doc__)
     add_config(parser)
-    parser.add_argument('checkpoint', help='that fits the config')
-    parser.add_argument(
-        '--out', type=output_file, required=True, help='.onnx file to write'
-    )
+    add = parser.add_argument
+    add('checkpoint', help='that fits the config')
+    add('--out', type=output_file, required=True, help='.onnx file to write')
     add_size(parser)
-    parser.add_argument(
-        '--batch-size', type=int, default=1, help='images at once (default 1)'
-    )
-    parser.add_argument(
+    add('--batch-size', type=int, default=1, help='images at once (default 1)')
+    add(
         '--logits',
         choices=('image', 'patches'),
         default='image',
         help='segmentation logits at the size of the image (default) or of '
         'the patch grid',
     )
-    parser.add_argument(
+    add(
         '--tolerance',
         type=float,
         default=1e-3,
@@ -85,11 +83,7 @@ def has_exporter() -> bool:
 
 
 def check_exporter() -> None:
-    """Stop if torch is too old.
-
-    Raises:
-        SystemExit: Naming the version that is needed.
-    """
+    """Stop if torch is too old, naming the version that is needed."""
     if not has_exporter():
         raise SystemExit(
             f'torch {torch.__version__} cannot write these models as ONNX: '
@@ -98,13 +92,8 @@ def check_exporter() -> None:
 
 
 def export(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Write ``model`` for inputs of the shape of ``images``, or nothing.
-
-    Args:
-        model (nn.Module): In evaluation mode, on the CPU.
-        images (Tensor): (B, 3, H, W).
-        path (Path): File to write.
-    """
+    """Write a model on the CPU, in evaluation mode, for inputs of the shape of
+    ``images``, (B, 3, H, W), or nothing."""
     # Its optimiser names every operator that it leaves as it is.
     logging.getLogger('onnxscript').setLevel(logging.ERROR)
     with whole_files(path) as (partial,), torch.no_grad():
@@ -121,13 +110,23 @@ def export(model: nn.Module, images: Tensor, path: Path) -> None:
         )
 
 
-def compare(model: nn.Module, images: Tensor, path: Path) -> float:
-    """Largest difference between onnxruntime and PyTorch."""
+def open_session(path: Path) -> Any:
+    """A model in onnxruntime, on the CPU, on as many threads as torch."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(
-        str(path), providers=['CPUExecutionProvider']
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Sessions that wait for their turn must not keep the cores busy.
+    spinning = 'session.intra_op.allow_spinning'
+    options.add_session_config_entry(spinning, '0')
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=['CPUExecutionProvider']
     )
+
+
+def compare(model: nn.Module, images: Tensor, path: Path) -> float:
+    """Largest difference between onnxruntime and PyTorch."""
+    session = open_session(path)
     (found,) = session.run(None, {'images': images.numpy()})
     with torch.no_grad():
         expected = model(images).numpy()

@@ -20,10 +20,10 @@ from .config import load_config
 
 
 def load_run_config(args: argparse.Namespace) -> Config:
-    """:func:`load_config`, with what runs take.
+    """:func:`load_config`, with the launcher and the work directory.
 
-    The work directory is, in this order, ``--work-dir``, the config's
-    ``work_dir``, or ``work_dirs/CONFIG_NAME``.
+    That is, in this order, ``--work-dir``, the config's ``work_dir``, or
+    ``work_dirs/CONFIG_NAME``.
     """
     os.environ.setdefault('LOCAL_RANK', args.local_rank)
     cfg = load_config(args)
@@ -39,6 +39,8 @@ def build_runner(cfg: Config) -> Runner | FlexibleRunner:
     The environment, the config and the order of the hooks go to the log file
     alone, see :data:`pm_seg.utils.quiet.LOG_NOISE`.
     """
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+        _join_cpu_processes(cfg)
     kind = cfg.get('runner_type', 'Runner')
     base = RUNNERS.get(kind)
     if base is None:
@@ -57,14 +59,8 @@ def build_runner(cfg: Config) -> Runner | FlexibleRunner:
     return ToolRunner.from_cfg(cfg)
 
 
-def join_cpu_processes(cfg: Config) -> None:
-    """Let ``--launcher pytorch`` work on machines without an accelerator.
-
-    mmengine's launcher asks for CUDA; here the processes are joined by gloo
-    before, which it accepts. Does nothing where there is an accelerator.
-    """
-    if cfg.launcher != 'pytorch' or get_device() != 'cpu':
-        return
+def _join_cpu_processes(cfg: Config) -> None:
+    """Join them by gloo, as mmengine's launcher would ask for CUDA."""
     torch.distributed.init_process_group('gloo')
     wrapper = (cfg.get('strategy') or {}).get('model_wrapper')
     if wrapper:  # FSDP would move to a GPU
@@ -98,10 +94,8 @@ def is_first_process() -> bool:
 
 
 def guard_run(cfg: Config, *hooks: str) -> None:
-    """Add hooks that stop and save cleanly; save checkpoints whole.
-
-    Batches come in memory that copies fast to a GPU, where there is one.
-    """
+    """Add hooks that are not there; save checkpoints whole; pin batches in
+    memory that copies fast to a GPU, where there is one."""
     given = list(cfg.get('custom_hooks') or [])
     present = {hook.get('type') for hook in given}
     given += [dict(type=hook) for hook in hooks if hook not in present]

@@ -30,33 +30,22 @@ from .arguments import (
 from .checkpoint import fetch_checkpoint
 from .data import check_data
 from .ending import command, wrong_usage
-from .runs import (
-    build_runner,
-    end_processes,
-    guard_run,
-    join_cpu_processes,
-    load_run_config,
-)
+from .runs import build_runner, end_processes, guard_run, load_run_config
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser('test.py', __doc__)
     add_config(parser)
-    parser.add_argument('checkpoint', help='checkpoint file or address')
-    parser.add_argument(
-        '--tta', action='store_true', help='average over sizes and flips'
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add('checkpoint', help='checkpoint file or address')
+    add('--tta', action='store_true', help='average over sizes and flips')
+    add(
         '--out',
         help='folder to save predictions to; a .pkl file for classification',
     )
-    parser.add_argument(
-        '--show-dir', type=output_folder, help='folder to draw predictions to'
-    )
-    parser.add_argument(
-        '--show', action='store_true', help='show predictions on screen'
-    )
-    parser.add_argument(
+    add('--show-dir', type=output_folder, help='folder to draw predictions to')
+    add('--show', action='store_true', help='show predictions on screen')
+    add(
         '--wait-time',
         type=float,
         default=2,
@@ -127,7 +116,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         _save_predictions(cfg, args.out)
     guard_run(cfg, 'RunGuardHook')
     cfg.runner_type = 'Runner'  # weights are whole, however it was trained
-    join_cpu_processes(cfg)
     metrics = build_runner(cfg).test()
     end_processes()
     return metrics

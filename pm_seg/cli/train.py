@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -38,7 +38,6 @@ from .runs import (
     end_processes,
     guard_run,
     is_first_process,
-    join_cpu_processes,
     load_run_config,
     use_amp,
 )
@@ -47,18 +46,19 @@ from .runs import (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser('train.py', __doc__)
     add_config(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         '--resume',
         action='store_true',
         help='go on from the latest whole checkpoint in the work directory',
     )
-    parser.add_argument(
+    add(
         '--amp',
         action='store_true',
         help='automatic mixed precision, in bfloat16 where the device has '
         'it; needs a GPU',
     )
-    parser.add_argument(
+    add(
         '--auto-scale-lr',
         action='store_true',
         help='scale the learning rate to the total batch size',
@@ -93,19 +93,16 @@ def main(argv: list[str] | None = None) -> None:
     resume = args.resume or cfg.get('resume')
     if not resume:
         check_checkpoints(cfg)
+    lock = work_dir_lock(cfg.work_dir) if is_first_process() else nullcontext()
     try:
-        with ExitStack() as stack:
-            if is_first_process():
-                stack.enter_context(work_dir_lock(cfg.work_dir))
+        with lock:
             if resume:
                 prepare_resume(cfg)
-                check_checkpoints(cfg)
-            join_cpu_processes(cfg)
             _run(cfg)
     except WorkDirInUseError as error:
         raise SystemExit(str(error)) from None
     except RunStoppedError as stop:
-        print(f'{stop}', file=sys.stderr)
+        print(stop, file=sys.stderr)
         if latest_intact_checkpoint(cfg.work_dir):
             words = sys.argv[1:] if argv is None else argv
             if '--resume' not in words:
@@ -127,14 +124,14 @@ def _run(cfg: Config) -> None:
         runner = build_runner(cfg)
         runner.train()
     except (Exception, KeyboardInterrupt) as error:
-        for hook in runner.hooks if runner else ():
+        # Last ones first: a wish to stop comes before what else is wrong.
+        for hook in reversed(runner.hooks if runner else []):
             if isinstance(hook, InterruptHook):
                 # Told to stop while it waited for images that never came.
                 if hook.between_iterations and get_world_size() == 1:
                     hook.stop(runner)
                 hook.release()
-        for hook in runner.hooks if runner else ():
-            if isinstance(hook, RunGuardHook):
+            elif isinstance(hook, RunGuardHook):
                 hook.blame(runner)
         stop = explain(error, cfg.work_dir)
         if stop is None:

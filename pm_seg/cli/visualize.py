@@ -42,14 +42,11 @@ from .ending import command
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser('visualize.py', __doc__)
     add_config(parser)
-    parser.add_argument('checkpoint', help='compressed, or dense')
-    parser.add_argument(
-        'images', nargs='+', metavar='IMG', help='image file, or a folder'
-    )
-    parser.add_argument(
-        '--out-dir', type=output_folder, required=True, help='where to draw'
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add('checkpoint', help='compressed, or dense')
+    add('images', nargs='+', metavar='IMG', help='image file, or a folder')
+    add('--out-dir', type=output_folder, required=True, help='where to draw')
+    add(
         '--dense-checkpoint',
         metavar='CKPT',
         help='dense model to compare with; defaults to the weights of the '
@@ -97,12 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(args)
     model, saved = load_model(cfg.model, args.checkpoint, args.device)
     require_structure(model)
-    dense_model = None
+    dense = None
     if args.dense_checkpoint:
         dense_cfg = ConfigDict(strip_compression(cfg.model.to_dict()))
-        dense_model, _ = load_model(
-            dense_cfg, args.dense_checkpoint, args.device
-        )
+        dense, _ = load_model(dense_cfg, args.dense_checkpoint, args.device)
     pipeline, meta = test_pipeline(cfg), dataset_meta(cfg, saved)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for name, figure in structure_figures(model).items():
@@ -112,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     with ProgressReporter('Drawing', len(files)) as report:
         for done, path in enumerate(files, 1):
             sample = pipeline(dict(img_path=str(path)))
-            inspection = inspect(model, sample, dense_model)
+            inspection = inspect(model, sample, dense)
             name = inspection.name
             seen[name] += 1
             if seen[name] > 1:  # of another folder
