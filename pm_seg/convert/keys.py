@@ -20,8 +20,6 @@ from torch import Tensor
 from ..utils.checkpoints import CheckpointError
 from .sources import Hints
 
-_HEAD_DIMS = 64
-
 #: (embed_dims, num_layers, feedforward_channels): (mmpretrain's name, heads).
 ARCHS = {
     (192, 12, 768): ('deit-tiny', 3),
@@ -45,40 +43,33 @@ _NAMES = (
     ('.projection', '.proj'),
 )
 
-#: What a checkpoint of something else is by the start of a key of it.
-_FOREIGN = (
-    (
-        'encoder.blocks.',
+#: What a checkpoint of something else is, by the start of a key of it.
+_FOREIGN = {
+    'encoder.blocks.': (
         "it looks like a Segmenter: use the kind 'segmenter', or if it has "
-        "merge matrices use the kind 'pm-segmenter'",
+        "merge matrices use the kind 'pm-segmenter'"
     ),
-    (
-        'backbone.',
+    'backbone.': (
         'it looks like an OpenMMLab checkpoint, which loads as it is: change '
-        "the type in its config to 'PMVisionTransformer'",
+        "the type in its config to 'PMVisionTransformer'"
     ),
-    (
-        'Transformer/',
+    'Transformer/': (
         'it has the names of the JAX original: load it with timm and save '
-        "the weights, torch.save(model.state_dict(), 'vit.pth')",
+        "the weights, torch.save(model.state_dict(), 'vit.pth')"
     ),
-    ('blocks.', 'it seems to be incomplete: download or copy it again'),
-)
+    'blocks.': 'it seems to be incomplete: download or copy it again',
+}
 
 
 def shape_of(
     state: Mapping[str, Tensor], key: str, dims: int, what: str
 ) -> tuple[int, ...]:
-    """Shape of an entry that sizes are taken from.
-
-    Raises:
-        CheckpointError: If it is not there or does not have ``dims``
-            dimensions of at least 1.
-    """
+    """Shape of an entry that sizes are taken from, with ``dims`` dimensions of
+    at least 1, or ``CheckpointError``."""
     if key not in state:
         advice = (
             text
-            for start, text in _FOREIGN
+            for start, text in _FOREIGN.items()
             if any(name.startswith(start) for name in state)
         )
         raise CheckpointError(
@@ -97,26 +88,17 @@ def shape_of(
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a Vision Transformer.
-
-    Attributes:
-        embed_dims, num_layers, hidden_dims, num_heads (int): C, depth,
-            channels of the feed-forward layers, heads.
-        patch_size, in_channels (int): Of the patch embedding.
-        img_size (tuple[int, int]): What the position embedding is for.
-        num_prefix (int): 1, or 2 with a distillation token.
-        embeds_prefix (bool): Whether prefix tokens have positions.
-    """
+    """Sizes of a Vision Transformer."""
 
     embed_dims: int
     num_layers: int
-    hidden_dims: int
+    hidden_dims: int  # of the feed-forward layers
     num_heads: int
     patch_size: int
     in_channels: int
-    img_size: tuple[int, int]
-    num_prefix: int
-    embeds_prefix: bool
+    img_size: tuple[int, int]  # what the position embedding is for
+    num_prefix: int  # 1, or 2 with a distillation token
+    embeds_prefix: bool  # whether prefix tokens have positions
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -130,10 +112,7 @@ def read_geometry(
 ) -> Geometry:
     """Sizes of the Vision Transformer that a state dict is of.
 
-    Args:
-        state (dict[str, Tensor]): With timm's names.
-        hints (Hints): Override what is guessed; checked against the shapes.
-        what (str): What was expected, for messages.
+    Hints override what is guessed and are checked against the shapes.
 
     Raises:
         CheckpointError: If it is none, or its image size or number of heads
@@ -165,9 +144,9 @@ def read_geometry(
             f'{found}; give the --img-size HEIGHT WIDTH it was trained with'
         )
     sizes = (embed_dims, count_blocks(state), hidden)
-    heads = hints.num_heads
-    if heads is None:
-        heads = ARCHS[sizes][1] if sizes in ARCHS else embed_dims / _HEAD_DIMS
+    _, heads = ARCHS.get(sizes, ('', embed_dims / 64))
+    if hints.num_heads is not None:
+        heads = hints.num_heads
     if heads < 1 or heads != int(heads) or embed_dims % heads:
         raise CheckpointError(
             f'{embed_dims} channels cannot be split into {heads:g} heads; '
@@ -198,17 +177,10 @@ def rename(
     what: str,
     ignored: tuple[str, ...],
 ) -> dict[str, Tensor]:
-    """The entries of a model from those of a checkpoint, all or none.
+    """The entries of our model, which is built for its names and shapes.
 
-    Args:
-        state (dict[str, Tensor]): The checkpoint's weights.
-        model (dict): Config of our model, built for its names and shapes.
-        scope (str): 'mmseg' or 'mmpretrain', whose model it is.
-        names (Sequence[tuple[str, str]]): Parts of our names and of the
-            checkpoint's that replace them, those of blocks and embeddings
-            aside.
-        what (str): What was expected, for messages.
-        ignored (tuple[str, ...]): Prefixes of entries that may be dropped.
+    ``names`` are parts of our names and of the checkpoint's, those of blocks
+    and embeddings aside; entries that begin with ``ignored`` are dropped.
 
     Raises:
         CheckpointError: On missing, misshapen or unexpected entries.
@@ -216,26 +188,23 @@ def rename(
     with DefaultScope.overwrite_default_scope(scope):
         models = import_module(f'{scope}.registry').MODELS
         entries = models.build(deepcopy(model)).state_dict()
-    problems, renamed, known = [], {}, set()
+    problems, renamed, rest = [], {}, dict(state)
     for new, entry in entries.items():
         old = new
         for ours, theirs in (*names, *_NAMES):
             old = old.replace(ours, theirs)
-        known.add(old)
-        expected = tuple(entry.shape)
-        if old not in state:
+        value, expected = rest.pop(old, None), tuple(entry.shape)
+        if value is None:
             problems.append(f'{old}: missing, expected {expected}')
-        elif tuple(state[old].shape) != expected:
-            got = tuple(state[old].shape)
+        elif tuple(value.shape) != expected:
+            got = tuple(value.shape)
             problems.append(f'{old}: got shape {got}, expected {expected}')
-        elif not state[old].is_floating_point():
-            problems.append(f'{old}: got {state[old].dtype}, expected floats')
+        elif not value.is_floating_point():
+            problems.append(f'{old}: got {value.dtype}, expected floats')
         else:
-            renamed[new] = state[old]
+            renamed[new] = value
     problems += [
-        f'{key}: unexpected'
-        for key in state
-        if key not in known and not key.startswith(ignored)
+        f'{key}: unexpected' for key in rest if not key.startswith(ignored)
     ]
     if problems and any(key.endswith('.merge_matrix') for key in state):
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +22,30 @@ NORMALIZATIONS = {
 
 
 def normalization(
-    name: str, guessed: bool = False
+    name: str | None, guess: str = 'vit'
 ) -> tuple[dict[str, list[float]], str]:
     """Pixel ``mean`` and ``std`` by their name, and a note that says them."""
-    mean, std = (list(values) for values in NORMALIZATIONS[name])
-    reason = ' (a guess; change it with --normalization)' if guessed else ''
+    mean, std = map(list, NORMALIZATIONS[name or guess])
+    reason = '' if name else ' (a guess; change it with --normalization)'
     return dict(mean=mean, std=std), f'pixel mean {mean} and std {std}{reason}'
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A checkpoint and the config that loads it.
-
-    Attributes:
-        state_dict (dict[str, Tensor]): Weights of ``model``.
-        model (dict): Config of the model.
-        scope (str): Default scope, 'mmseg' or 'mmpretrain'.
-        geometry (Geometry): Sizes of the backbone.
-        dataset_meta (dict): Names of the classes, where known.
-        notes (list[str]): What a user should know.
-    """
+    """A checkpoint and the config that loads it."""
 
     state_dict: dict[str, Tensor]
-    model: dict[str, Any]
-    scope: str
-    geometry: Geometry
-    dataset_meta: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    model: dict[str, Any]  # config of what has these weights
+    scope: str  # the default one, 'mmseg' or 'mmpretrain'
+    geometry: Geometry  # of the backbone
+    dataset_meta: dict[str, Any]  # names of the classes, where known
+    notes: list[str]  # what a user should know
 
 
 def write_converted(
     converted: Converted, out: str | Path, origin: str
 ) -> Path:
-    """Write checkpoint and config, both whole or neither.
-
-    Args:
-        converted (Converted): What to write.
-        out (str | Path): The checkpoint, ``*.pth``; the config is beside it.
-        origin (str): Where it comes from, kept in both files.
+    """Write a checkpoint, *.pth, and beside it the config, or neither.
 
     Returns:
         Path: The config.

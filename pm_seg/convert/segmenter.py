@@ -27,6 +27,7 @@ _NAMES = (
 _IGNORED = ('encoder.head.', 'encoder.head_dist.')
 # Unlike timm's, its layer normalisations have PyTorch's default epsilon.
 _NORM = dict(type='LN', eps=1e-5)
+_NORMALIZATIONS = {'vit': 'vit', 'deit': 'imagenet'}
 _DATASETS = {
     'ade20k': 'ADE20KDataset',
     'cityscapes': 'CityscapesDataset',
@@ -62,15 +63,17 @@ def convert_segmenter(state: dict[str, Tensor], hints: Hints) -> Converted:
             'a plain ViT backbone'
         )
     net = _section(hints.variant, 'net_kwargs')
+    data = _section(hints.variant, 'dataset_kwargs')
+    windows = _section(hints.variant, 'inference_kwargs')
     hints = hints.completed(net, 'n_heads', 'image_size')
     geometry = read_geometry(encoder, hints, _WHAT)
     _check_variant(net, 'n_layers', geometry.num_layers)
     _check_variant(net, 'd_model', geometry.embed_dims)
     _check_variant(net, 'patch_size', geometry.patch_size)
     head = _head(decoder, geometry, _section(net, 'decoder'))
-    data = _section(hints.variant, 'dataset_kwargs')
-    windows = _section(hints.variant, 'inference_kwargs')
-    pixels, note = _normalization(hints, data, net)
+    written = str(data.get('normalization', net.get('normalization')))
+    known = hints.normalization or _NORMALIZATIONS.get(written)
+    pixels, note = normalization(known)
     model = dict(
         type='EncoderDecoder',
         data_preprocessor=dict(
@@ -111,14 +114,9 @@ def convert_segmenter(state: dict[str, Tensor], hints: Hints) -> Converted:
             stride=pair(windows.get('window_stride') or geometry.img_size),
         ),
     )
-    return Converted(
-        _renamed(state, model),
-        model,
-        'mmseg',
-        geometry,
-        _dataset_meta(data.get('dataset'), head['num_classes']),
-        [note],
-    )
+    renamed = _renamed(state, model)
+    meta = _dataset_meta(data.get('dataset'), head['num_classes'])
+    return Converted(renamed, model, 'mmseg', geometry, meta, [note])
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -204,17 +202,6 @@ def _renamed(
         if key in renamed:  # multiplied from the right there
             renamed[key] = renamed[key].T.contiguous()
     return renamed
-
-
-def _normalization(
-    hints: Hints, data: dict[str, Any], net: dict[str, Any]
-) -> tuple[dict[str, list[float]], str]:
-    """Pixel mean and deviation: given, of variant.yml, else 0.5."""
-    if hints.normalization is not None:
-        return normalization(hints.normalization)
-    written = str(data.get('normalization', net.get('normalization')))
-    name = {'vit': 'vit', 'deit': 'imagenet'}.get(written)
-    return normalization(name or 'vit', guessed=name is None)
 
 
 def _dataset_meta(name: Any, num_classes: int) -> dict[str, Any]:

@@ -30,28 +30,17 @@ _FACTS = ('channels', 'img_size', 'keep', 'merge_list', 'merged_tokens',
 
 @dataclass(frozen=True)
 class Hints:
-    """What weights do not say about a model.
+    """What weights do not say about a model."""
 
-    Attributes:
-        num_heads (int, optional): Of the encoder.
-        img_size (tuple[int, int], optional): Height and width the position
-            embedding is for.
-        normalization (str, optional): 'vit' or 'imagenet'.
-        name (str): Of the file; 'deit' or 'mae' in it tell the
-            normalization.
-        facts (dict[str, Tensor]): What else the file says about the model,
-            for example ``num_heads``, ``scores``, ``channels``.
-        variant (dict): ``variant.yml`` beside the file, else empty.
-        pretrained_cfg (dict): ``mean`` and ``std`` in timm's ``config.json``
-            beside the file, else empty.
-    """
-
-    num_heads: int | None = None
-    img_size: tuple[int, int] | None = None
-    normalization: str | None = None
-    name: str = ''
+    num_heads: int | None = None  # of the encoder
+    img_size: tuple[int, int] | None = None  # of the position embedding
+    normalization: str | None = None  # 'vit' or 'imagenet'
+    name: str = ''  # of the file; 'deit' or 'mae' in it tell the normalization
+    #: What else the file says, for example ``num_heads`` and ``scores``.
     facts: dict[str, Tensor] = field(default_factory=dict)
+    #: ``variant.yml`` beside the file, else empty.
     variant: dict[str, Any] = field(default_factory=dict)
+    #: ``mean`` and ``std`` in timm's ``config.json`` beside it, else empty.
     pretrained_cfg: dict[str, list[float]] = field(default_factory=dict)
 
     def completed(
@@ -98,10 +87,7 @@ def read_source(
 ) -> tuple[dict[str, Tensor], Hints]:
     """Read a .pth, .npz or .safetensors file and what lies beside it.
 
-    Args:
-        path (str | Path): The checkpoint.
-        **given: What is known of the model, see :class:`Hints`; takes
-            precedence unless it is None.
+    What is ``given`` of :class:`Hints` takes precedence unless it is None.
 
     Returns:
         tuple[dict[str, Tensor], Hints]: Weights by name, in float32 on the
@@ -174,14 +160,12 @@ def _find_weights(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
 
 def _clean(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
     """The tensors, as float32, without prefixes of wrappers."""
-    state = {
-        str(key): value.detach().contiguous()
-        for key, value in weights.items()
-        if isinstance(value, Tensor) and key not in _FACTS
-    }
-    for key, value in state.items():
-        if value.is_floating_point():
-            state[key] = value.float()
+    state = {}
+    for key, value in weights.items():
+        if isinstance(value, Tensor) and key not in _FACTS:
+            value = value.detach().contiguous()
+            floats = value.is_floating_point()
+            state[str(key)] = value.float() if floats else value
     for prefix in _WRAPPERS:
         if all(key.startswith(prefix) for key in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}

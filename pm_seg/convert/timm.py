@@ -111,19 +111,20 @@ def _head(
     """Config of the head; a bias or a second layer alone makes none."""
     if 'head.weight' not in state:
         return None
-    kind = 'VisionTransformerClsHead'
+    kind, hidden = 'VisionTransformerClsHead', 'pre_logits.fc.weight'
     if geometry.num_prefix == 2:
         kind = 'DeiTClsHead'
-    pooled, hidden = 'fc_norm.weight' in state, 'pre_logits.fc.weight'
+    if 'fc_norm.weight' in state:
+        kind = 'LinearClsHead'
     head = dict(
-        type='LinearClsHead' if pooled else kind,
+        type=kind,
         num_classes=shape_of(state, 'head.weight', 2, _WHAT)[0],
         in_channels=geometry.embed_dims,
         loss=dict(
             type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'
         ),
     )
-    if hidden in state and not pooled:
+    if hidden in state and kind != 'LinearClsHead':
         head['hidden_dim'] = shape_of(state, hidden, 2, _WHAT)[0]
     return head
 
@@ -131,14 +132,9 @@ def _head(
 def _normalization(
     hints: Hints, distilled: bool
 ) -> tuple[dict[str, list[float]], str]:
-    """Pixel mean and deviation, and a note on where they come from.
-
-    Weights do not say: in this order, what is given, what timm's config.json
-    says, ImageNet's for DeiT and MAE, else 0.5 as in timm's ViT.
-    """
-    if hints.normalization is not None:
-        return normalization(hints.normalization)
-    if hints.pretrained_cfg:
+    """What is given, in timm's config.json, or usual: ImageNet's for DeiT and
+    MAE, 0.5 for timm's ViT; and a note on it."""
+    if hints.pretrained_cfg and hints.normalization is None:
         pixels = {
             key: [255 * value for value in values]
             for key, values in hints.pretrained_cfg.items()
@@ -146,4 +142,4 @@ def _normalization(
         return pixels, 'pixel mean and std: from config.json'
     name = hints.name.lower()
     known = distilled or 'deit' in name or 'mae' in name
-    return normalization('imagenet' if known else 'vit', guessed=True)
+    return normalization(hints.normalization, 'imagenet' if known else 'vit')

@@ -62,25 +62,15 @@ def allow_training_state() -> None:
     """Let weights-only loading read what training scripts save beside them.
 
     mmengine's checkpoints hold logged scalars as ``HistoryBuffer`` with numpy
-    arrays: mmengine 0.10.7 cannot resume with torch 2.6, which reads weights
-    only. Other scripts save their arguments; a namespace is a bag of
-    attributes and its unpickling sets nothing else. Code is still refused.
+    arrays, other scripts' their arguments; unpickling a namespace sets
+    attributes and nothing else. Code is still refused.
     """
     multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
     kinds = np.float32, np.float64, np.int32, np.int64, np.uint32
-    torch.serialization.add_safe_globals(
-        [
-            argparse.Namespace,
-            HistoryBuffer,
-            np.ndarray,
-            np.dtype,
-            multiarray._reconstruct,
-            multiarray.scalar,
-            *(type(np.dtype(kind)) for kind in kinds),
-            _history_method,
-            _latin1_bytes,
-        ]
-    )
+    dtypes = [type(np.dtype(kind)) for kind in kinds]
+    arrays = [np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar]
+    own = [argparse.Namespace, HistoryBuffer, _history_method, _latin1_bytes]
+    torch.serialization.add_safe_globals([*dtypes, *arrays, *own])
 
 
 def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
@@ -94,22 +84,17 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> Any:
         UnpicklingError: If it holds anything but data.
         BadZipFile: If it is damaged.
     """
-    _check_archive(path)
+    if zipfile.is_zipfile(path):  # not before torch 1.6
+        _check_archive(path)
     # Anew each time: leaving a ``safe_globals`` block, as the maintained
     # mmengine does after every load, drops what was allowed before it.
     allow_training_state()
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _check_archive(path: str | Path, required: bool = False) -> None:
-    """Compare the checksums of a zip file, which torch does not.
-
-    Files of the format before torch 1.6 are no zip files and pass, unless it
-    is ``required``.
-    """
-    if not required and not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:  # fails on what is none
+def _check_archive(path: str | Path) -> None:
+    """Compare the checksums of a zip file, which torch does not."""
+    with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
@@ -124,9 +109,7 @@ def trusted() -> bool:
 def explained(path: Path, trust: str) -> Iterator[None]:
     """Turn what a reader of a file raises into :class:`CheckpointError`.
 
-    Args:
-        path (Path): The file.
-        trust (str): What to do about code in it, if it is trusted.
+    ``trust`` says what to do about code in it, if it is trusted.
     """
     try:
         yield
@@ -153,11 +136,10 @@ def explained(path: Path, trust: str) -> Iterator[None]:
 def load_from_local(filename: str, map_location: Any = None) -> dict:
     """Read a local checkpoint for mmengine, without code.
 
-    Takes the place of mmengine's loader, see :func:`use_safe_loading`. The
-    maintained mmengine reads everything, code included, if reading weights
-    alone fails, and every mmengine runs a ``config`` it finds in a
-    checkpoint's meta data when it resumes: that entry is dropped. Trusted
-    files may hold code, see ``TRUST``.
+    The maintained mmengine reads everything, code included, if reading
+    weights alone fails, and every mmengine runs a ``config`` it finds in the
+    meta data when it resumes: that entry is dropped. Trusted files may hold
+    code, see ``TRUST``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -202,12 +184,8 @@ def latest_intact_checkpoint(
     """The newest checkpoint of a run that was written to its end.
 
     A process killed while it saves, or a copy that broke off, leaves a
-    truncated file behind; that one is passed over, with a line on stderr.
-
-    Args:
-        work_dir (str | Path): Of the run.
-        finite (bool): Whether to pass over those with NaN or inf in their
-            weights. Defaults to False.
+    truncated file behind; that one is passed over, with a line on stderr,
+    and with ``finite`` those with NaN or inf in their weights.
     """
     found = [
         (int(match[1]), path)
@@ -225,7 +203,7 @@ def latest_intact_checkpoint(
 def _fault(path: Path, finite: bool) -> str | None:
     """What keeps a run from going on from a checkpoint, if anything."""
     try:
-        _check_archive(path, required=True)
+        _check_archive(path)
     except (zipfile.BadZipFile, OSError):
         return 'not a whole checkpoint'
     state = read_checkpoint(path).get('state_dict', {}) if finite else {}

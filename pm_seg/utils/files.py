@@ -10,17 +10,11 @@ from pathlib import Path
 
 @contextmanager
 def whole_files(*targets: Path) -> Iterator[list[Path]]:
-    """Write files under names of their own and rename them at the end.
+    """Where to write files inside the block; they are renamed at its end.
 
     Folders are created. Nothing is left, and what stood there stays, if the
     block raises. Processes that write the same file do not mix: the last to
     end wins.
-
-    Args:
-        *targets (Path): Files to write.
-
-    Yields:
-        list[Path]: Where to write each of them inside the block.
     """
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -27,11 +27,8 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-    """Estimates how long a loop will take; made when the loop starts.
-
-    Args:
-        start (int): Steps that an earlier run made. Defaults to 0.
-    """
+    """Estimates how long a loop will take; made when the loop starts, after
+    ``start`` steps of an earlier run."""
 
     def __init__(self, start: int = 0) -> None:
         self.start = start
@@ -81,14 +78,13 @@ class ProgressReporter:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._bar.add_task(
-            title, start=False, total=total, completed=start, note=''
-        )
         self._printed = start * self.num_lines // max(total, 1)
 
     def __enter__(self) -> ProgressReporter:
         self._left = TimeLeft(self.start)
-        self._bar.start_task(self._task)
+        self._task = self._bar.add_task(
+            self.title, total=self.total, completed=self.start, note=''
+        )
         self._bar.start()
         return self
 
@@ -108,11 +104,8 @@ class ProgressReporter:
 
 @contextmanager
 def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows what is being done, one bar after the other.
-
-    What it yields is called with a title, the steps done, 0 at first, and
-    their total.
-    """
+    """Yields what shows progress, one bar after the other: it is called with
+    a title, the steps done, 0 at first, and their total."""
     with ExitStack() as stack:
         reports: dict[str, ProgressReporter] = {}
 

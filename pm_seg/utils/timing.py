@@ -13,21 +13,13 @@ def time_interleaved(
     rounds: int = 15,
     warmup: int = 2,
 ) -> dict[str, list[float]]:
-    """Time functions in turns, so that drifts of the machine hit all alike.
+    """Seconds of each call of functions that take turns, by name.
 
-    In each turn a function is called twice and the second call is timed: the
-    first brings back its weights and memory, which the functions before it
-    took from the caches.
-
-    Args:
-        functions (Mapping[str, Callable]): What to time, by name.
-        rounds (int): Timed calls of each. Defaults to 15.
-        warmup (int): Untimed turns of each before. Defaults to 2.
-
-    Returns:
-        dict[str, list[float]]: Seconds of each call.
+    Drifts of the machine hit all alike. In each turn a function is called
+    twice and the second call is timed: the first brings back its weights and
+    memory, which the functions before it took from the caches. ``warmup``
+    turns before the ``rounds`` are not timed.
     """
-
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(-warmup, rounds):
         for name, function in functions.items():

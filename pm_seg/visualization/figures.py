@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
@@ -41,14 +42,11 @@ def panel_figure(
     Args:
         panels (Sequence[Panel]): At least one.
         columns (int): Panels in a row. Defaults to 4.
-        legend (Mapping, optional): Colours, RGB from 0 to 1, by name, shown
-            below the panels.
+        legend (Mapping, optional): Colours, RGB from 0 to 1, by name.
         score_bar (bool): Whether to show the scale of
-            :func:`~pm_seg.visualization.panels.score_panels` below the
-            panels.
+            :func:`~pm_seg.visualization.panels.score_panels`.
     """
     columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
     # Pixel by pixel: a figure that is scaled loses the outlines of tokens.
     wide = min(max(panels[0].image.shape[1], _NARROW), _WIDE)
     images = [_resized(panel.image, wide) for panel in panels]
@@ -59,20 +57,19 @@ def panel_figure(
         per_line = max(width // (10 * max(map(len, legend)) + 50), 1)
         lines = -(-len(legend) // per_line)
     foot = 26 * lines + 44 * score_bar + 6
-    height = rows * (_HEAD + tall) + foot
+    height = -(-len(panels) // columns) * (_HEAD + tall) + foot
     figure = _figure(width / _DPI, height / _DPI)
-    grid = dict(
-        left=_GAP / width,
-        right=1 - _GAP / width,
-        bottom=foot / height,
-        top=1 - _HEAD / height,
-        wspace=_GAP / wide,
-        hspace=_HEAD / tall,
-    )
-    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid)
-    for axis in axes.flat:
+
+    def axes(left: float, bottom: float, wide: float, tall: float) -> Axes:
+        place = left / width, bottom / height, wide / width, tall / height
+        return figure.add_axes(place)
+
+    for index, (panel, image) in enumerate(zip(panels, images)):
+        row, column = divmod(index, columns)
+        left = _GAP + column * (wide + _GAP)
+        bottom = height - (row + 1) * (_HEAD + tall)
+        axis = axes(left, bottom, wide, tall)
         axis.set_axis_off()
-    for axis, panel, image in zip(axes.flat, panels, images):
         axis.imshow(image, interpolation='nearest')
         axis.set_title(panel.title, fontsize=_FONT, pad=4)
     if legend:
@@ -90,10 +87,9 @@ def panel_figure(
             columnspacing=1.4,
         )
     if score_bar:
-        place = (0.5 - 70 / width, 28 / height, 140 / width, 12 / height)
         bar = figure.colorbar(
             ScalarMappable(cmap=SCORE_COLOURS),
-            cax=figure.add_axes(place),
+            cax=axes(width / 2 - 70, 28, 140, 12),
             orientation='horizontal',
             ticks=[0, 1],
         )

@@ -131,12 +131,9 @@ class Inspection:
         return CHANGED if self.truth is None else JUDGED
 
     def ranking(self, meta: dict) -> list[tuple[str, float, float]]:
-        """Classes either classifier has among its best, the dense one's order.
-
-        Returns:
-            list[tuple[str, float, float]]: Name, which says so if it is
-            right, and both probabilities.
-        """
+        """Name and both probabilities of the classes that either classifier
+        has among its best, in the order of the dense one. Names say what is
+        right."""
         both = np.stack([self.dense, self.compressed])
         best = np.unique(np.argsort(-both)[:, :TOP])
         names = class_names(meta, len(self.dense))
@@ -178,12 +175,8 @@ def _datasets(cfg: Config, *loaders: str) -> Iterator[dict]:
 
 
 def dataset_meta(cfg: Config, saved: dict | None = None) -> dict:
-    """Class names and palette of a config's dataset.
-
-    Args:
-        cfg (Config): The config.
-        saved (dict, optional): A checkpoint; what it says counts first.
-    """
+    """Class names and palette of a config's dataset, or what a checkpoint
+    says of them."""
     meta = (saved or {}).get('meta', {}).get('dataset_meta')
     if meta and meta.get('classes'):
         return meta
@@ -243,25 +236,23 @@ def inspect(
             the same weights with compression off.
     """
     data = pseudo_collate([sample])
-    with evaluating(model):
+    with evaluating(model), ExitStack() as stack:
         prepared = model.data_preprocessor(copy.copy(data), training=False)
         size = prepared['inputs'].shape[2:]
         crop = _middle(model, size)
-        with ExitStack() as stack:
-            recorders = {
-                name or type(module).__name__: stack.enter_context(
-                    GroupRecorder(module.compressor)
-                )
-                for name, module in compressible_modules(model).items()
-            }
-            model(prepared['inputs'][(..., *crop)], mode='tensor')
-        compressed = _predict(model, data)
-        if dense_model is None:
-            with uncompressed(model):
-                dense = _predict(model, data)
-    if dense_model is not None:
-        with evaluating(dense_model):
-            dense = _predict(dense_model, data)
+        recorders = {
+            name or type(module).__name__: stack.enter_context(
+                GroupRecorder(module.compressor)
+            )
+            for name, module in compressible_modules(model).items()
+        }
+        model(prepared['inputs'][(..., *crop)], mode='tensor')
+    compressed = _predict(model, data)
+    if dense_model is None:
+        with uncompressed(model):
+            dense = _predict(model, data)
+    else:
+        dense = _predict(dense_model, data)
     seen = _pixels(sample['inputs'], size)
     annotated, truth = sample['data_samples'], None
     if dense.ndim == 1 and 'gt_label' in annotated:
@@ -290,7 +281,8 @@ def inspect(
 
 def _predict(model: BaseModel, data: dict) -> np.ndarray:
     """Classes of the pixels, (H, W), or probabilities of the classes."""
-    result = model.test_step(copy.deepcopy(data))[0]
+    with evaluating(model):
+        result = model.test_step(copy.deepcopy(data))[0]
     if 'pred_sem_seg' in result:
         return result.pred_sem_seg.data[0].cpu().numpy()
     return result.pred_score.float().cpu().numpy()
@@ -299,9 +291,8 @@ def _predict(model: BaseModel, data: dict) -> np.ndarray:
 def _middle(model: BaseModel, size: Sequence[int]) -> tuple[slice, ...]:
     """The middle crop of slide inference, or the whole image."""
     test_cfg = getattr(model, 'test_cfg', None) or {}
-    wanted = size
-    if test_cfg.get('mode') == 'slide':
-        wanted = to_2tuple(test_cfg['crop_size'])
+    slides = test_cfg.get('mode') == 'slide'
+    wanted = to_2tuple(test_cfg['crop_size']) if slides else size
     starts = [max(total - part, 0) // 2 for total, part in zip(size, wanted)]
     return tuple(slice(s, s + part) for s, part in zip(starts, wanted))
 
@@ -312,5 +303,4 @@ def _pixels(inputs: Tensor, size: Sequence[int]) -> np.ndarray:
     if image.dtype != np.uint8:  # normalised in the pipeline already
         low, high = image.min(), image.max()
         image = ((image - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
-    below, right = (max(a - b, 0) for a, b in zip(size, image.shape))
-    return np.pad(image, ((0, below), (0, right), (0, 0)))
+    return mmcv.impad(image, shape=size)

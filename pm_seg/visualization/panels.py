@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import cv2
+import mmcv
 import numpy as np
 from matplotlib import colormaps
 
@@ -45,12 +46,10 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 
 def draw_groups(image: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Paint each token group in its mean colour, outlined.
+    """Paint each token group, (h, w), in its mean colour, outlined.
 
-    Args:
-        image (np.ndarray): A whole number of pixels for each token.
-        group (np.ndarray): Group of each token, (h, w); pruned tokens, -1,
-            are shown dark.
+    The image has a whole number of pixels for each token; pruned ones, -1,
+    are shown dark.
     """
     rows, columns = np.divide(image.shape[:2], group.shape).astype(int)
     full = group.repeat(rows, 0).repeat(columns, 1)
@@ -76,10 +75,9 @@ def _cell(columns: int) -> int:
 def group_panel(
     name: str, image: np.ndarray, group: np.ndarray, patch: int
 ) -> Panel:
-    """The groups of a layer, drawn over what the model sees.
+    """The groups of the layer ``name``, drawn over what the model sees.
 
     Args:
-        name (str): Of the layer.
         image (np.ndarray): No whole number of tokens if it was padded right
             and below.
         group (np.ndarray): Group of each token, (h, w), -1 if pruned.
@@ -91,10 +89,8 @@ def group_panel(
     pruned = f', {total - live.size} pruned' if live.size < total else ''
     height, width = image.shape[:2]
     rows, columns = group.shape
-    below = max(rows * patch - height, 0)
-    right = max(columns * patch - width, 0)
-    drawn = np.pad(image, ((0, below), (0, right), (0, 0)), 'edge')
-    cell = _cell(columns)
+    whole, cell = (rows * patch, columns * patch), _cell(columns)
+    drawn = mmcv.impad(image, shape=whole, padding_mode='edge')
     size = (columns * cell, rows * cell)
     drawn = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA)
     if count < total:
@@ -104,11 +100,10 @@ def group_panel(
 
 
 def score_panels(scores: Mapping[str, np.ndarray]) -> list[Panel]:
-    """Scores as heat maps, from 0 to each layer's 99th percentile.
+    """Scores, (layers, h, w) by name of the module, as heat maps.
 
-    Args:
-        scores (Mapping): (layers, h, w) by name of the module. Layers that
-            are all zero, because they were not scored, are left out.
+    From 0 to each layer's 99th percentile. Layers that are all zero, because
+    they were not scored, are left out.
     """
     panels = []
     named = [(name, *x) for name in scores for x in enumerate(scores[name])]

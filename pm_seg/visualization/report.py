@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from platform import python_version
 
@@ -51,17 +51,16 @@ _PAGES.filters.update(png=png_uri, svg=_svg_uri, hex=to_hex)
 
 @dataclass
 class CompressionReport:
-    """What :meth:`write` shows.
+    """What :meth:`write` shows; what is by name is 'dense' and 'compressed'.
 
     Attributes:
         model (BaseModel): Compressed, not wrapped.
         title (str): Shown on top.
         facts (dict[str, str]): What was compressed, and how.
-        macs (dict[str, int]): Of the whole 'dense' and 'compressed' model.
-        seconds (dict[str, dict[str, list[float]]]): Times of one image,
-            'dense' and 'compressed', by device.
-        accuracy (dict[str, dict[str, float]]): Metrics of 'dense' and
-            'compressed'; empty if not evaluated.
+        macs (dict[str, int]): Of the whole model, by name.
+        seconds (dict[str, dict[str, list[float]]]): Of one image, by device
+            and name.
+        accuracy (dict[str, dict[str, float]]): Metrics by name; may be empty.
         inspections (list[Inspection]): Images to show.
         meta (dict): ``classes`` and ``palette`` of the dataset.
     """
@@ -71,9 +70,9 @@ class CompressionReport:
     facts: dict[str, str]
     macs: dict[str, int]
     seconds: dict[str, dict[str, list[float]]]
-    accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
-    inspections: list[Inspection] = field(default_factory=list)
-    meta: dict = field(default_factory=dict)
+    accuracy: dict[str, dict[str, float]]
+    inspections: list[Inspection]
+    meta: dict
 
     def write(self, path: str | Path) -> None:
         """Write the page."""
