@@ -1,4 +1,4 @@
-"""Which tokens matter, from what they look like to a layer.
+"""Which tokens matter, and which differ, from what they look like to a layer.
 
 The paper scores positions by gradient-weighted attention, averaged over images
 (:mod:`~pm_seg.core.scores`). For groups that follow the image the same score
@@ -7,7 +7,8 @@ is predicted from the token itself, by ridge regression on the normed token::
     log score(x) ~ <direction, layer_norm(x)> + constant of the image
 
 Pairs of important tokens then merge later: their dissimilarity is multiplied
-by both scores to the power of a strength.
+by both scores to the power of a strength. Similar are tokens that are alike in
+the principal components of normed tokens, found on the same images.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .scores import GradientWatcher, value_gradient_scores
+from .similarity import COMPONENTS
 
 _FLOOR = 1e-4  # of the image's mean score: silent tokens have a logarithm too
 
 
-def predicted_scores(x: Tensor, direction: Tensor) -> Tensor:
-    """Of patch tokens (B, T, C), float32, (B, T), 1 in the geometric mean of
-    an image; by a direction of the fitter times a strength, (C,)."""
-    score = (F.layer_norm(x.float(), x.shape[2:]) * direction).sum(2)
+def predicted_scores(normed: Tensor, direction: Tensor) -> Tensor:
+    """Of normed patch tokens (B, T, C), float32, (B, T), 1 in the geometric
+    mean of an image; by a direction of the fitter times a strength, (C,)."""
+    score = (normed * direction).sum(2)
     return (score - score.mean(1, keepdim=True)).exp()
 
 
@@ -40,7 +42,8 @@ class ImportanceFitter(GradientWatcher):
         with ImportanceFitter(blocks, taps, num_prefix=1, dims=384) as fitter:
             for images, labels in batches:
                 loss_fn(model(images), labels).backward()
-        compressor.set_importance(0.1, fitter.directions())
+        directions, components = fitter.directions(), fitter.components()
+        compressor.set_importance(0.1, directions, components)
 
     Args:
         blocks (Sequence[nn.Module]): The layers; their first argument are
@@ -108,3 +111,9 @@ class ImportanceFitter(GradientWatcher):
         factor = torch.linalg.cholesky(gram)
         solved = torch.cholesky_solve(self.cross.unsqueeze(2), factor)
         return solved.squeeze(2).float()
+
+    def components(self) -> Tensor:
+        """Directions in which the normed tokens of an image differ most, of
+        all layers, orthonormal, float32, (L, C, D), D = min(32, C)."""
+        _, vectors = torch.linalg.eigh(self.gram)
+        return vectors[..., -COMPONENTS:].float()

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compressor import (
@@ -27,7 +28,14 @@ from .importance import predicted_scores
 from .merging import RESTORES, Chain, Grid, Merge
 from .rows import full_precision
 from .schedule import WHOLE, Schedule
-from .similarity import WINDOW, match, match_windows, sketch
+from .similarity import (
+    COMPONENTS,
+    WINDOW,
+    match,
+    match_windows,
+    random_signs,
+    sketch,
+)
 
 
 class ProgressiveCompressor(Compressor):
@@ -50,7 +58,8 @@ class ProgressiveCompressor(Compressor):
         compare (str): What is compared: a count 'sketch' of the tokens
             (default; random signs, folded to about 64 channels), the 'keys'
             of the layer (mean of the heads, as ToMe; better for classifiers)
-            or the 'tokens' themselves.
+            or the 'tokens' themselves. Once calibrated, principal components
+            of the normed tokens, better than all of these.
         between (bool): Whether a layer merges between attention and MLP, as
             ToMe and ALGM, instead of before the layer. Defaults to False.
         restore (str): 'residual' (default), or 'replace' as ToMe-like methods.
@@ -76,6 +85,7 @@ class ProgressiveCompressor(Compressor):
         size_aware: bool = True,
     ) -> None:
         super().__init__(shape)
+        check_option('compare', compare, ('sketch', 'keys', 'tokens'))
         check_option('restore', restore, RESTORES)
         self.schedule = Schedule(
             shape, schedule, power, first, step, between, compare
@@ -87,17 +97,16 @@ class ProgressiveCompressor(Compressor):
         self.register_buffer('shares', torch.full((shape.depth,), WHOLE))
         # Factor of what a group of several gained, for its members: trained.
         self.gain = nn.Parameter(torch.ones(shape.depth))
-        # How important a token is that looks like this, see importance.py,
-        # and how much that counts.
-        importance = torch.zeros(shape.depth, shape.dims)
-        self.register_buffer('importance', importance)
+        # What tells tokens apart, how important one is that looks like this,
+        # see importance.py, and how much that counts.
+        dims = shape.depth, shape.dims, min(COMPONENTS, shape.dims)
+        self.register_buffer('components', torch.zeros(dims))
+        self.register_buffer('importance', torch.zeros(dims[:2]))
         self.register_buffer('strength', torch.zeros(()))
         self.register_buffer('power', torch.tensor(power))
         self.register_buffer('settled', torch.tensor(False))
         self.has_importance, self._strength = False, 0.0
-        seeded = dict(generator=torch.Generator().manual_seed(0), device='cpu')
-        signs = torch.randint(2, (shape.dims,), **seeded)
-        signs = (2.0 * signs - 1).to(self.gain.device)
+        signs = random_signs(shape.dims).to(self.gain.device)
         self.register_buffer('signs', signs, persistent=False)
         self.set_keep(keep)
 
@@ -130,14 +139,26 @@ class ProgressiveCompressor(Compressor):
 
     @torch.no_grad()
     def set_importance(
-        self, strength: float, directions: Tensor | None = None
+        self,
+        strength: float,
+        directions: Tensor | None = None,
+        components: Tensor | None = None,
     ) -> None:
         """Say how much importance counts against similarity, 0 for not at
-        all, and what makes a token important, (L, C), see
+        all, what makes a token important, (L, C), and what tells tokens apart,
+        (L, C, D), where the budget allows for it; see
         :class:`~pm_seg.core.importance.ImportanceFitter`."""
         if directions is not None:
             self.importance.copy_(directions)
             self.has_importance = True
+        if components is not None:
+            before = self.schedule
+            self.schedule = replace(before, compare='components')
+            try:
+                self.set_keep(self.keep)
+                self.components.copy_(components)
+            except ValueError:  # a budget that they leave too little of
+                self.schedule = before
         self.strength.fill_(strength)
         self._strength = strength if self.has_importance else 0.0
 
@@ -145,7 +166,9 @@ class ProgressiveCompressor(Compressor):
         super()._load_from_state_dict(*args, **kwargs)
         if not self.shares.is_meta:
             self._shares = [x / WHOLE for x in self.shares.tolist()]
-            self.schedule = replace(self.schedule, power=float(self.power))
+            compare = 'components' if self.components.any() else self.compare
+            changes = dict(power=float(self.power), compare=compare)
+            self.schedule = replace(self.schedule, **changes)
             self.keep = round(self.share, 4)
             self.has_importance = bool(self.importance.any())
             self._strength = float(self.strength) * self.has_importance
@@ -210,16 +233,21 @@ class ProgressiveCompressor(Compressor):
         """Which tokens merge; found in full precision, as far as x has it:
         under autocast tokens may come in half precision, or weights be."""
         prefix = self.shape.num_prefix
+        compare = self.schedule.compare
         metric = patches = x[:, prefix:].to(self.gain.dtype)
         with full_precision(x):
-            if self.compare == 'sketch':
+            if compare == 'components' or self._strength:
+                normed = F.layer_norm(patches.float(), patches.shape[2:])
+            if compare == 'components':
+                metric = normed @ self.components[index].float()
+            elif compare == 'sketch':
                 metric = sketch(patches, self.signs)
-            elif self.compare == 'keys':
+            elif compare == 'keys':
                 metric = layer.mean_keys(patches)
             metric, weight = metric.float(), None
             if self._strength:
                 direction = self._strength * self.importance[index]
-                weight = predicted_scores(patches, direction)
+                weight = predicted_scores(normed, direction)
             if self.schedule.in_windows(index):
                 windows = count // (WINDOW - 1)
                 return match_windows(metric, windows, grid, prefix)
@@ -228,6 +256,6 @@ class ProgressiveCompressor(Compressor):
     def extra_repr(self) -> str:
         return (
             f'keep={self.keep}, schedule={self.schedule.kind!r}, '
-            f'compare={self.compare!r}, restore={self.restore!r}, '
+            f'compare={self.schedule.compare!r}, restore={self.restore!r}, '
             f'size_aware={self.size_aware}'
         )

@@ -94,7 +94,6 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_option('schedule', self.kind, tuple(SCHEDULES))
-        check_option('compare', self.compare, tuple(COMPARES))
         check_option('first', self.first, range(self.shape.depth))
         if not isinstance(self.power, Real) or not self.power > 0:
             raise ValueError(f'power={self.power!r} must be a number above 0')

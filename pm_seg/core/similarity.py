@@ -9,6 +9,7 @@ from torch import Tensor
 from .merging import Grid, Merge
 
 SKETCH = 64  # channels that tokens are compared in
+COMPONENTS = 32  # the same, where calibration found the best ones
 WINDOW = 4  # tokens of a window
 
 #: Channels that tokens are compared in, and the MACs to find them of one, for
@@ -17,6 +18,10 @@ COMPARES = {
     'sketch': lambda dims, key_dims: (sketch_dims(dims), dims),
     'keys': lambda dims, key_dims: (key_dims, dims * key_dims),
     'tokens': lambda dims, key_dims: (dims, 0),
+    'components': lambda dims, key_dims: (
+        min(COMPONENTS, dims),
+        min(COMPONENTS, dims) * dims,
+    ),
 }
 
 
@@ -26,6 +31,13 @@ def sketch_dims(dims: int) -> int:
     while dims % folds:
         folds -= 1
     return dims // folds
+
+
+def random_signs(dims: int) -> Tensor:
+    """-1 or 1, (C,), the same ones in each process."""
+    seeded = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (dims,), generator=seeded, device='cpu')
+    return 2.0 * signs - 1
 
 
 def sketch(x: Tensor, signs: Tensor) -> Tensor:

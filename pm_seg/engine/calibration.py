@@ -61,7 +61,8 @@ def fit_importance(
     watch_gradients(model, batches, len(batches), fitters, progress)
     for module, fitter in zip(modules, fitters):
         add_up(fitter.gram, fitter.cross)
-        module.compressor.set_importance(0.0, fitter.directions())
+        directions, components = fitter.directions(), fitter.components()
+        module.compressor.set_importance(0.0, directions, components)
 
 
 def choose_settings(

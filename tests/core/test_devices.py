@@ -187,7 +187,8 @@ def test_nothing_waits_and_groups_are_those_of_the_cpu(
     shape = shape_of(grid=GRID, num_prefix=prefix)
     layers, compressor = make(KINDS[kind], shape)
     if kind == 'pm':
-        compressor.set_importance(0.1, torch.randn(4, 24))
+        known = torch.randn(4, 24), torch.randn(4, 24, 24)
+        compressor.set_importance(0.1, *known)
     x = torch.randn(2, prefix + 144, 24)
     with GroupRecorder(compressor) as recorder:
         expected = compressor.run(layers, x, GRID).last

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pm_seg.core import ImportanceFitter
+from pm_seg.core.similarity import COMPONENTS
 
 DIMS, TOKENS, PREFIX = 12, 60, 2
 
@@ -31,7 +32,7 @@ class Scored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value = self.one.expand(len(x), 2, x.shape[1], 3)
-        score = (F.layer_norm(x, (DIMS,)) @ self.direction).exp()
+        score = (F.layer_norm(x, x.shape[2:]) @ self.direction).exp()
         sign = torch.where(torch.arange(x.shape[1]) % 2 == 0, 1.0, -1.0)
         value = self.tap(value) * (score * sign)[:, None, :, None]
         return x + value.sum((1, 3), keepdim=False)[..., None]
@@ -74,10 +75,30 @@ def test_many_channels_on_several_threads() -> None:
     fitter.ridge = 0.0
     torch.set_num_threads(2)
     try:
-        found = fitter.directions()
+        found, components = fitter.directions(), fitter.components()
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(found, expected.float())
+    assert components.shape == (12, 192, 32)
+
+
+def test_components_are_where_tokens_of_an_image_differ() -> None:
+    """Not where images do, or tokens from zero."""
+    basis = torch.linalg.qr(torch.randn(48, 48)).Q
+    own = basis[:, :COMPONENTS] - basis[:, :COMPONENTS].mean(0)
+    own = torch.linalg.qr(own).Q
+    block = Scored(torch.zeros(48), False)
+    with ImportanceFitter([block], [block.tap], PREFIX, 48) as fitter:
+        for _ in range(3):
+            image = 5 * torch.randn(48)  # what all its tokens have
+            tokens = torch.randn(2, PREFIX + TOKENS, COMPONENTS) @ own.T
+            tokens = tokens + 0.1 * torch.randn(2, PREFIX + TOKENS, 48)
+            block(image + tokens).sum().backward()
+    (found,) = fitter.components()
+    eye = torch.eye(COMPONENTS)
+    torch.testing.assert_close(found.T @ found, eye, rtol=0, atol=1e-5)
+    # Angles between the two spaces; layer norm turns tokens a little.
+    assert torch.linalg.svdvals(found.T @ own).square().mean() > 0.9
 
 
 def test_ridge_shrinks_what_is_found() -> None:

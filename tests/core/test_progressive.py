@@ -70,6 +70,21 @@ def test_the_last_mlp_works_on_what_is_read(kind: str) -> None:
     assert torch.equal(compressor.run(with_all, x, GRID).last, dense)
 
 
+def make_comparing(compare: str, shape, **options):
+    """Layers and a compressor, calibrated for 'components'."""
+    learned = compare == 'components'
+    options['compare'] = 'sketch' if learned else compare
+    layers, compressor = make(options, shape)
+    if learned:
+        compressor.set_importance(0.0, components=random_components())
+    assert compressor.schedule.compare == compare
+    return layers, compressor
+
+
+def random_components() -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(4, 24, 24)).Q
+
+
 @pytest.mark.parametrize('compare', COMPARES)
 @pytest.mark.parametrize('restore', ['residual', 'replace'])
 @pytest.mark.parametrize('between', [False, True])
@@ -78,10 +93,9 @@ def test_groups_of_identical_tokens_lose_nothing(
     compare: str, restore: str, between: bool
 ) -> None:
     """As attention counts a token as often as the patches it stands for."""
-    options = dict(
-        keep=0.75, first=0, compare=compare, restore=restore, between=between
-    )
-    layers, compressor = make(options, shape_of(num_prefix=2))
+    options = dict(keep=0.75, first=0, restore=restore, between=between)
+    shape = shape_of(num_prefix=2)
+    layers, compressor = make_comparing(compare, shape, **options)
     full_gain(compressor)
     # Three kinds of tokens: the three most different always stay.
     kinds = torch.randn(2, 3, 24)
@@ -238,11 +252,46 @@ def test_important_tokens_stay_alone() -> None:
     assert torch.equal(recorded(fresh, layers, x)[0], plain[0])
 
 
+@torch.no_grad()
+def test_tokens_alike_in_the_components_merge() -> None:
+    """Whatever tells them apart otherwise; also from a checkpoint."""
+    layers, compressor = make(dict(keep=0.75, first=0, step=0.0))
+    plain = compressor.state_dict()
+    plain = {name: value.clone() for name, value in plain.items()}
+    components = random_components()
+    components[..., 3:] = 0
+    compressor.set_importance(0.0, components=components)
+    assert compressor.share <= 0.75
+    x = torch.randn(2, 25, 24)
+    groups = recorded(compressor, layers, x)[0]
+    normed = nn.functional.layer_norm(x[:, 1:], (24,))
+    count = 24 - compressor.tokens(GRID)[0]
+    merge = match(normed @ components[0], count, 1)
+    assert torch.equal(groups, merge.place[:, 1:] - 1)
+    assert not torch.equal(groups, match(normed, count, 1).place[:, 1:] - 1)
+    _, other = make(dict(keep=0.75, first=0, step=0.0))
+    other.load_state_dict(compressor.state_dict())
+    assert torch.equal(recorded(other, layers, x)[0], groups)
+    assert other.loads() == compressor.loads()
+    other.load_state_dict(plain)
+    assert other.schedule.compare == 'sketch'
+    # Finding them costs, too much for the lowest budgets.
+    for keep in torch.arange(0.05, 0.8, 0.001).tolist():
+        try:
+            _, least = make(dict(keep=keep, first=0, step=0.0))
+            break
+        except ValueError:
+            pass
+    least.set_importance(0.0, components=components)
+    assert least.schedule.compare == 'sketch' and least.share <= keep
+    assert not least.components.any()
+
+
 @pytest.mark.parametrize('compare', COMPARES)
 def test_autocast_pairs_the_same_tokens(compare: str) -> None:
     """Rounded similarities would pair others."""
-    layers, compressor = make(
-        dict(keep=0.5, first=0, compare=compare), shape_of(grid=(12, 12))
+    layers, compressor = make_comparing(
+        compare, shape_of(grid=(12, 12)), keep=0.5, first=0
     )
     x = torch.randn(2, 145, 24)
     full = recorded(compressor, layers, x, (12, 12))[0]
