@@ -89,7 +89,7 @@ def test_components_are_where_tokens_of_an_image_differ() -> None:
     own = torch.linalg.qr(own).Q
     block = Scored(torch.zeros(48), False)
     with ImportanceFitter([block], [block.tap], PREFIX, 48) as fitter:
-        for _ in range(3):
+        for _ in range(8):
             image = 5 * torch.randn(48)  # what all its tokens have
             tokens = torch.randn(2, PREFIX + TOKENS, COMPONENTS) @ own.T
             tokens = tokens + 0.1 * torch.randn(2, PREFIX + TOKENS, 48)

@@ -57,8 +57,8 @@ DEVICE_FAULTS = (
     ),
     Fault(
         'progressive', 'a buffer stays on the CPU',
-        'signs = (2.0 * signs - 1).to(self.gain.device)',
-        'signs = 2.0 * signs - 1', DEVICES,
+        'random_signs(shape.dims).to(self.gain.device)',
+        'random_signs(shape.dims)', DEVICES,
     ),
     Fault(
         'schedule', 'products are of odd sizes',

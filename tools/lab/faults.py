@@ -210,8 +210,20 @@ FAULTS = (
     ),
     Fault(
         'progressive', 'the power of a checkpoint is lost',
-        'self.schedule = replace(self.schedule, power=float(self.power))',
-        'pass', RUN,
+        'changes = dict(power=float(self.power), compare=compare)',
+        'changes = dict(compare=compare)', RUN,
+    ),
+    Fault(
+        'progressive', 'the components of a checkpoint are not compared',
+        "compare = 'components' if self.components.any() else self.compare",
+        'compare = self.compare', RUN,
+    ),
+    Fault(
+        'progressive', 'components cost nothing',
+        "self.schedule = replace(before, compare='components')\n"
+        '            try:\n                self.set_keep(self.keep)',
+        "self.schedule = replace(before, compare='components')\n"
+        '            try:\n                pass', RUN,
     ),
     Fault(
         'importance', 'the logarithm is left out',
@@ -222,6 +234,16 @@ FAULTS = (
         'importance', 'images are not centred',
         'wanted = wanted - wanted.mean(1, keepdim=True)',
         'wanted = wanted - 0', ('test_importance',),
+    ),
+    Fault(
+        'importance', 'components of what all tokens of an image have',
+        'known = known - known.mean(1, keepdim=True)', 'known = known - 0',
+        ('test_importance',),
+    ),
+    Fault(
+        'importance', 'the components in which tokens differ least',
+        'vectors[..., -COMPONENTS:]', 'vectors[..., :COMPONENTS]',
+        ('test_importance',),
     ),
     Fault(
         'importance', 'no ridge',
