@@ -10,6 +10,7 @@ grid, and better with what :mod:`~pm_seg.core.importance` finds on some images.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -105,7 +106,9 @@ class ProgressiveCompressor(Compressor):
         self.register_buffer('strength', torch.zeros(()))
         self.register_buffer('power', torch.tensor(power))
         self.register_buffer('settled', torch.tensor(False))
+        self.register_buffer('by_components', torch.tensor(False))
         self.has_importance, self._strength = False, 0.0
+        self._has_components = False
         signs = random_signs(shape.dims).to(self.gain.device)
         self.register_buffer('signs', signs, persistent=False)
         self.set_keep(keep)
@@ -113,13 +116,24 @@ class ProgressiveCompressor(Compressor):
     def set_keep(self, keep: float, power: float | None = None) -> None:
         """Find the schedule whose layers cost this share of the dense ones,
         with another ``power`` if given, or raise ``ValueError``."""
-        schedule = replace(self.schedule, power=power or self.schedule.power)
-        shares = [round(x * WHOLE) for x in schedule.solve(keep)]
+        schedule, shares = self._solve(keep, power or self.schedule.power)
+        shares = [round(x * WHOLE) for x in shares]
         self.schedule, self.keep = schedule, keep
+        self.by_components.fill_(schedule.compare == 'components')
         self.shares.copy_(torch.tensor(shares, device=self.shares.device))
         self._shares = [share / WHOLE for share in shares]
         self.power.fill_(schedule.power)
         self.gain.requires_grad_(self.has_gain and keep < 1)
+
+    def _solve(
+        self, keep: float, power: float
+    ) -> tuple[Schedule, list[float]]:
+        schedule = replace(self.schedule, power=power, compare=self.compare)
+        if self._has_components:
+            better = replace(schedule, compare='components')
+            with suppress(ValueError):  # they cost too much for least budgets
+                return better, better.solve(keep)
+        return schedule, schedule.solve(keep)
 
     def set_grid(self, grid: Grid) -> None:
         self.shape = replace(self.shape, grid=grid)
@@ -152,13 +166,9 @@ class ProgressiveCompressor(Compressor):
             self.importance.copy_(directions)
             self.has_importance = True
         if components is not None:
-            before = self.schedule
-            self.schedule = replace(before, compare='components')
-            try:
-                self.set_keep(self.keep)
-                self.components.copy_(components)
-            except ValueError:  # a budget that they leave too little of
-                self.schedule = before
+            self.components.copy_(components)
+            self._has_components = True
+            self.set_keep(self.keep)
         self.strength.fill_(strength)
         self._strength = strength if self.has_importance else 0.0
 
@@ -166,10 +176,11 @@ class ProgressiveCompressor(Compressor):
         super()._load_from_state_dict(*args, **kwargs)
         if not self.shares.is_meta:
             self._shares = [x / WHOLE for x in self.shares.tolist()]
-            compare = 'components' if self.components.any() else self.compare
+            compare = 'components' if self.by_components else self.compare
             changes = dict(power=float(self.power), compare=compare)
             self.schedule = replace(self.schedule, **changes)
             self.keep = round(self.share, 4)
+            self._has_components = bool(self.components.any())
             self.has_importance = bool(self.importance.any())
             self._strength = float(self.strength) * self.has_importance
 

@@ -215,15 +215,13 @@ FAULTS = (
     ),
     Fault(
         'progressive', 'the components of a checkpoint are not compared',
-        "compare = 'components' if self.components.any() else self.compare",
+        "compare = 'components' if self.by_components else self.compare",
         'compare = self.compare', RUN,
     ),
     Fault(
         'progressive', 'components cost nothing',
-        "self.schedule = replace(before, compare='components')\n"
-        '            try:\n                self.set_keep(self.keep)',
-        "self.schedule = replace(before, compare='components')\n"
-        '            try:\n                pass', RUN,
+        'return better, better.solve(keep)',
+        'return better, schedule.solve(keep)', RUN,
     ),
     Fault(
         'importance', 'the logarithm is left out',
