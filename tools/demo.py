@@ -247,9 +247,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not args.config:
         console.print(
-            'A model this small, trained this briefly, shows how things work; '
-            'see the README for\nresults, and --help for the same with a '
-            'model of your own.'
+            'A model this small, trained this briefly, shows how things work. '
+            'See the README for results, and --help for the same with a model '
+            'of your own.'
         )
 
 
