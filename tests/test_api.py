@@ -235,7 +235,7 @@ def test_a_model_with_its_own_compression() -> None:
     loader = [tiny.batch(0, 2)]
     small = pm_seg.compress_model(model, loader, keep=0.6, measuring=ONE)
     assert small.backbone.compressor.keep == 0.6
-    assert small.backbone.compressor.has_importance
+    assert small.backbone.compressor.calibrated
     assert model.backbone.compressor.keep == 0.9
     assert not model.backbone.compressor.compressed
     with pytest.raises(ValueError, match='keep alone'):

@@ -84,7 +84,9 @@ def test_timm_without_labels_uses_its_own_predictions() -> None:
         pm_seg.compress_model(model, [batch], keep=0.8, measuring=ONE)
         for batch in (x, (x, own), (x, own.roll(1)))
     )
-    found = [m.blocks.compressor.importance for m in (one, two, other)]
+    found = [
+        m.blocks.compressor.comparison.importance for m in (one, two, other)
+    ]
     assert torch.equal(found[0], found[1])
     assert not torch.allclose(found[0], found[2])
 

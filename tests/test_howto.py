@@ -64,7 +64,7 @@ def test_timm(tmp_path: Path, monkeypatch) -> None:
     starts = ('import timm', 'pictures', 'torch.save')
     names = run(''.join(block(page, start) for start in starts))
     assert names['logits'].shape == (1, 10)
-    assert names['small'].blocks.compressor.has_importance
+    assert names['small'].blocks.compressor.calibrated
     x = torch.randn(1, 3, 224, 224)
     again = names['again'].eval()
     assert torch.equal(again(x), names['small'](x))

@@ -65,7 +65,7 @@ def test_one_changed_type_and_a_compression_dict(project: Path) -> None:
     state = torch.load(saved, weights_only=False)['state_dict']
     shares = state['backbone.compressor.shares']
     assert shares[0] == 1_000_000 > shares[-1]
-    assert state['backbone.compressor.importance'].any()
+    assert state['backbone.compressor.comparison.importance'].any()
 
 
 @pytest.mark.slow

@@ -43,7 +43,8 @@ class ImportanceFitter(GradientWatcher):
             for images, labels in batches:
                 loss_fn(model(images), labels).backward()
         directions, components = fitter.directions(), fitter.components()
-        compressor.set_importance(0.1, directions, components)
+        compressor.learn(directions, components)
+        compressor.set_strength(0.1)
 
     Args:
         blocks (Sequence[nn.Module]): The layers; their first argument are

@@ -24,7 +24,9 @@ PRESETS: dict[str, tuple[Callable[..., Compressor], dict[str, Any]]] = {
 }
 
 #: What suits classifiers, whose class token reads all others to the end.
-CLASSIFICATION = dict(compare='keys', power=1.0, first=2, step=0.0)
+CLASSIFICATION = dict(
+    compare='keys', power=1.0, first=2, step=0.0, balance=0.5
+)
 
 
 def make_compressor(

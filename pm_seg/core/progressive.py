@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .comparison import Comparison
 from .compressor import (
     Compressor,
     EncoderShape,
@@ -25,18 +25,10 @@ from .compressor import (
     Outputs,
     check_option,
 )
-from .importance import predicted_scores
 from .merging import RESTORES, Chain, Grid, Merge
 from .rows import full_precision
 from .schedule import WHOLE, Schedule
-from .similarity import (
-    COMPONENTS,
-    WINDOW,
-    match,
-    match_windows,
-    random_signs,
-    sketch,
-)
+from .similarity import WINDOW, match, match_windows
 
 
 class ProgressiveCompressor(Compressor):
@@ -67,6 +59,10 @@ class ProgressiveCompressor(Compressor):
         size_aware (bool): Whether attention counts a token as often as the
             patches it stands for (ToMe's proportional attention). Defaults
             to True.
+        balance (float): Power of the sizes of two tokens by which they differ
+            more, so that groups grow evenly. Defaults to 0, for dense
+            prediction, where an even region may be one group; classifiers do
+            better with 1/2.
 
     Raises:
         ValueError: On an unknown option or a value out of range.
@@ -84,33 +80,23 @@ class ProgressiveCompressor(Compressor):
         between: bool = False,
         restore: str = 'residual',
         size_aware: bool = True,
+        balance: float = 0.0,
     ) -> None:
         super().__init__(shape)
-        check_option('compare', compare, ('sketch', 'keys', 'tokens'))
         check_option('restore', restore, RESTORES)
+        self.comparison = Comparison(shape, compare, balance)
         self.schedule = Schedule(
             shape, schedule, power, first, step, between, compare
         )
-        self.compare, self.restore = compare, restore
-        self.size_aware = size_aware
+        self.restore, self.size_aware = restore, size_aware
         # Millionths of the patch tokens that each layer works on: integers
         # stay what they are when a model is cast to half precision.
         self.register_buffer('shares', torch.full((shape.depth,), WHOLE))
         # Factor of what a group of several gained, for its members: trained.
         self.gain = nn.Parameter(torch.ones(shape.depth))
-        # What tells tokens apart, how important one is that looks like this,
-        # see importance.py, and how much that counts.
-        dims = shape.depth, shape.dims, min(COMPONENTS, shape.dims)
-        self.register_buffer('components', torch.zeros(dims))
-        self.register_buffer('importance', torch.zeros(dims[:2]))
-        self.register_buffer('strength', torch.zeros(()))
         self.register_buffer('power', torch.tensor(power))
         self.register_buffer('settled', torch.tensor(False))
         self.register_buffer('by_components', torch.tensor(False))
-        self.has_importance, self._strength = False, 0.0
-        self._has_components = False
-        signs = random_signs(shape.dims).to(self.gain.device)
-        self.register_buffer('signs', signs, persistent=False)
         self.set_keep(keep)
 
     def set_keep(self, keep: float, power: float | None = None) -> None:
@@ -128,8 +114,9 @@ class ProgressiveCompressor(Compressor):
     def _solve(
         self, keep: float, power: float
     ) -> tuple[Schedule, list[float]]:
-        schedule = replace(self.schedule, power=power, compare=self.compare)
-        if self._has_components:
+        compare = self.comparison.without_data
+        schedule = replace(self.schedule, power=power, compare=compare)
+        if self.calibrated:
             better = replace(schedule, compare='components')
             with suppress(ValueError):  # they cost too much for least budgets
                 return better, better.solve(keep)
@@ -151,43 +138,35 @@ class ProgressiveCompressor(Compressor):
     def settle(self) -> None:
         self.settled.fill_(True)
 
-    @torch.no_grad()
-    def set_importance(
-        self,
-        strength: float,
-        directions: Tensor | None = None,
-        components: Tensor | None = None,
-    ) -> None:
-        """Say how much importance counts against similarity, 0 for not at
-        all, what makes a token important, (L, C), and what tells tokens apart,
-        (L, C, D), where the budget allows for it; see
-        :class:`~pm_seg.core.importance.ImportanceFitter`."""
-        if directions is not None:
-            self.importance.copy_(directions)
-            self.has_importance = True
-        if components is not None:
-            self.components.copy_(components)
-            self._has_components = True
-            self.set_keep(self.keep)
-        self.strength.fill_(strength)
-        self._strength = strength if self.has_importance else 0.0
+    def learn(self, directions: Tensor, components: Tensor) -> None:
+        """Compare by what :class:`~pm_seg.core.importance.ImportanceFitter`
+        found, (L, C) and (L, C, D), where the budget allows for it."""
+        self.comparison.learn(directions, components)
+        self.set_keep(self.keep)
+
+    def set_strength(self, strength: float) -> None:
+        """Say how much importance counts against similarity, 0 for not."""
+        self.comparison.set_strength(strength)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.shares.is_meta:
             self._shares = [x / WHOLE for x in self.shares.tolist()]
-            compare = 'components' if self.by_components else self.compare
+            compare = self.comparison.without_data
+            compare = 'components' if self.by_components else compare
             changes = dict(power=float(self.power), compare=compare)
             self.schedule = replace(self.schedule, **changes)
             self.keep = round(self.share, 4)
-            self._has_components = bool(self.components.any())
-            self.has_importance = bool(self.importance.any())
-            self._strength = float(self.strength) * self.has_importance
 
     @property
     def has_gain(self) -> bool:
         """Whether updates are restored, so that gains play a part."""
         return self.restore == 'residual' and self.schedule.whole
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether images have said what to compare."""
+        return self.comparison.calibrated
 
     @property
     def calibrates(self) -> bool:
@@ -217,7 +196,9 @@ class ProgressiveCompressor(Compressor):
                 chain.x = layer.attend(*chain.inputs_of(index))
             while chain.tokens > left:
                 count = self.schedule.at_once(index, chain.tokens, left)
-                merge = self._match(compared, count, index, layer, grid)
+                merge = self._match(
+                    compared, chain.size, count, index, layer, grid
+                )
                 chain.merge(merge, self.gain[index])
                 compared = chain.x
             if self.schedule.between:
@@ -239,26 +220,21 @@ class ProgressiveCompressor(Compressor):
 
     @torch.no_grad()
     def _match(
-        self, x: Tensor, count: int, index: int, layer: Layer, grid: Grid
+        self,
+        x: Tensor,
+        size: Tensor,
+        count: int,
+        index: int,
+        layer: Layer,
+        grid: Grid,
     ) -> Merge:
-        """Which tokens merge; found in full precision, as far as x has it:
-        under autocast tokens may come in half precision, or weights be."""
+        """Which tokens merge; found in full precision, as far as x has it."""
         prefix = self.shape.num_prefix
-        compare = self.schedule.compare
-        metric = patches = x[:, prefix:].to(self.gain.dtype)
+        patches, size = x[:, prefix:], size[:, prefix:, 0]
         with full_precision(x):
-            if compare == 'components' or self._strength:
-                normed = F.layer_norm(patches.float(), patches.shape[2:])
-            if compare == 'components':
-                metric = normed @ self.components[index].float()
-            elif compare == 'sketch':
-                metric = sketch(patches, self.signs)
-            elif compare == 'keys':
-                metric = layer.mean_keys(patches)
-            metric, weight = metric.float(), None
-            if self._strength:
-                direction = self._strength * self.importance[index]
-                weight = predicted_scores(normed, direction)
+            metric, weight = self.comparison(
+                patches, size, index, layer, self.schedule.compare
+            )
             if self.schedule.in_windows(index):
                 windows = count // (WINDOW - 1)
                 return match_windows(metric, windows, grid, prefix)

@@ -62,7 +62,7 @@ def fit_importance(
     for module, fitter in zip(modules, fitters):
         add_up(fitter.gram, fitter.cross)
         directions, components = fitter.directions(), fitter.components()
-        module.compressor.set_importance(0.0, directions, components)
+        module.compressor.learn(directions, components)
 
 
 def choose_settings(
@@ -119,7 +119,7 @@ def _apply(
     whether the budget can be met with them.
     """
     for compressor, (power, gain) in zip(compressors, starts):
-        compressor.set_importance(settings['strength'])
+        compressor.set_strength(settings['strength'])
         compressor.gain.data.copy_(gain * settings['gain'])
         try:
             compressor.set_keep(compressor.keep, power * settings['power'])

@@ -114,7 +114,7 @@ def compress(
         if target is not None:
             meet_target(model, target)
         calibrated = calibrated_modules(model)
-        known = all(m.compressor.has_importance for m in calibrated)
+        known = all(m.compressor.calibrated for m in calibrated)
         same = known and keep is None and target is None
         images = dataloader is not None and measuring.calib_batches
         if calibrated and images and not same:

@@ -38,7 +38,7 @@ def predictor(case: str, resize: bool = True) -> Predictor:
         measuring = Measuring(score_batches=2, calib_batches=2)
         compress(model, [batch(0, 2), batch(2, 2)], measuring=measuring)
     if case == 'ours':  # the sum with importance too
-        model.backbone.compressor.set_importance(0.2)
+        model.backbone.compressor.set_strength(0.2)
     return Predictor(model, resize).eval()
 
 

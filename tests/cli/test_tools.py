@@ -152,7 +152,7 @@ def test_another_budget_takes_the_importance_there_is(work: Path) -> None:
         assert found == ['Importance of tokens', 'Ways to merge'][-titles:]
     directions = [
         read_checkpoint(work / name)['state_dict'][
-            'backbone.compressor.importance'
+            'backbone.compressor.comparison.importance'
         ]
         for name in ('a.pth', 'b.pth')
     ]

@@ -188,7 +188,8 @@ def test_nothing_waits_and_groups_are_those_of_the_cpu(
     layers, compressor = make(KINDS[kind], shape)
     if kind == 'pm':
         known = torch.randn(4, 24), torch.randn(4, 24, 24)
-        compressor.set_importance(0.1, *known)
+        compressor.learn(*known)
+        compressor.set_strength(0.1)
     x = torch.randn(2, prefix + 144, 24)
     with GroupRecorder(compressor) as recorder:
         expected = compressor.run(layers, x, GRID).last

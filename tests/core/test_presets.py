@@ -33,12 +33,14 @@ def test_the_default_merges_progressively() -> None:
 def test_peers_are_settings_of_the_same_class(kind, compare, schedule) -> None:
     module = make_compressor(dict(type=kind, keep=0.7), SHAPE)
     assert type(module) is ProgressiveCompressor
-    assert module.compare == compare and module.schedule.kind == schedule
+    assert (
+        module.schedule.compare == compare and module.schedule.kind == schedule
+    )
     assert module.schedule.between and module.restore == 'replace'
     assert module.size_aware == (kind == 'tome') and not module.calibrates
     ours = dict(type=kind, keep=0.7, restore='residual', between=False)
     module = make_compressor(ours, SHAPE)
-    assert module.restore == 'residual' and module.compare == compare
+    assert module.restore == 'residual' and module.schedule.compare == compare
     assert not module.schedule.between
 
 
@@ -49,11 +51,11 @@ def test_the_paper_is_a_class_of_its_own() -> None:
 
 def test_defaults_are_for_our_own_kind_alone() -> None:
     module = make_compressor(dict(keep=0.8), SHAPE, CLASSIFICATION)
-    assert module.compare == CLASSIFICATION['compare'] == 'keys'
+    assert module.schedule.compare == CLASSIFICATION['compare'] == 'keys'
     assert module.schedule.power == CLASSIFICATION['power']
     chosen = dict(keep=0.8, compare='tokens')
     module = make_compressor(chosen, SHAPE, CLASSIFICATION)
-    assert module.compare == 'tokens'
+    assert module.schedule.compare == 'tokens'
     assert chosen == dict(keep=0.8, compare='tokens'), 'left as it was'
     for kind in ('tome', 'algm', 'paper'):
         plain, other = (

@@ -76,7 +76,7 @@ def make_comparing(compare: str, shape, **options):
     options['compare'] = 'sketch' if learned else compare
     layers, compressor = make(options, shape)
     if learned:
-        compressor.set_importance(0.0, components=random_components())
+        compressor.learn(torch.zeros(4, 24), random_components())
     assert compressor.schedule.compare == compare
     return layers, compressor
 
@@ -116,6 +116,22 @@ def test_groups_of_identical_tokens_lose_nothing(
     full_gain(other)
     error = other.run(layers, x, GRID).last - expected.last
     assert error.abs().max() > 1e-3 * expected.last.abs().max()
+
+
+@torch.no_grad()
+def test_balanced_groups_grow_evenly() -> None:
+    """As soon as sizes differ; the first merge is of single tokens."""
+    x = torch.randn(4, 27, 24)
+    x[:, 3:15] = x[:, 3:4] + 0.8 * x[:, 3:15]  # an even region
+    largest = []
+    for balance in (0.0, 0.5, 2.0):
+        options = dict(keep=0.5, first=0, compare='tokens', balance=balance)
+        layers, compressor = make(options, shape_of(num_prefix=3))
+        groups = recorded(compressor, layers, x)
+        sizes = [one.bincount().max() for one in groups[-1]]
+        largest.append((torch.stack(sizes).float().mean(), groups[0]))
+    assert largest[0][0] > largest[1][0] > largest[2][0]
+    assert all(torch.equal(largest[0][1], first) for _, first in largest)
 
 
 class Linear(nn.Module):
@@ -228,13 +244,12 @@ def test_important_tokens_stay_alone() -> None:
     """Against similarity, the more the higher the strength."""
     layers, compressor = make(dict(keep=0.7, first=0))
     x = torch.randn(1, 25, 24)
-    plain = recorded(compressor, layers, x)
     direction = torch.randn(4, 24)
-    compressor.set_importance(0.0, direction)
-    assert compressor.has_importance
-    for a, b in zip(recorded(compressor, layers, x), plain):
-        assert torch.equal(a, b)
-    compressor.set_importance(3.0)
+    assert not compressor.calibrated
+    compressor.learn(direction, random_components())
+    assert compressor.calibrated
+    plain = recorded(compressor, layers, x)
+    compressor.set_strength(3.0)
     groups = recorded(compressor, layers, x)[0][0]
     normed = nn.functional.layer_norm(x[0, 1:], (24,))
     top = (normed @ direction[0]).topk(5).indices
@@ -246,10 +261,9 @@ def test_important_tokens_stay_alone() -> None:
     _, other = make(dict(keep=0.7, first=0))
     other.load_state_dict(compressor.state_dict())
     assert torch.equal(recorded(other, layers, x)[0][0], groups)
-    # Without directions a strength means nothing.
-    _, fresh = make(dict(keep=0.7, first=0))
-    fresh.set_importance(3.0)
-    assert torch.equal(recorded(fresh, layers, x)[0], plain[0])
+    assert other.calibrated
+    other.set_strength(0.0)
+    assert torch.equal(recorded(other, layers, x)[0], plain[0])
 
 
 @torch.no_grad()
@@ -260,7 +274,7 @@ def test_tokens_alike_in_the_components_merge() -> None:
     plain = {name: value.clone() for name, value in plain.items()}
     components = random_components()
     components[..., 3:] = 0
-    compressor.set_importance(0.0, components=components)
+    compressor.learn(torch.zeros(4, 24), components)
     assert compressor.share <= 0.75
     x = torch.randn(2, 25, 24)
     groups = recorded(compressor, layers, x)[0]
@@ -282,7 +296,7 @@ def test_tokens_alike_in_the_components_merge() -> None:
             break
         except ValueError:
             pass
-    least.set_importance(0.0, components=components)
+    least.learn(torch.zeros(4, 24), components)
     assert least.schedule.compare == 'sketch' and least.share <= keep
     # They are there for other budgets, of the checkpoint as well.
     _, other = make(dict(keep=0.75, first=0, step=0.0))
@@ -365,6 +379,8 @@ def test_gain_is_trained_where_it_is_used() -> None:
         (dict(first=4), 'first=4 must be one of .0, 1, 2, 3'),
         (dict(power=0), 'power=0 must be a number above 0'),
         (dict(power='high'), "power='high' must be a number above 0"),
+        (dict(balance=-1), 'balance=-1 must be a number >= 0'),
+        (dict(balance='even'), "balance='even' must be a number >= 0"),
     ],
 )
 def test_options_are_checked(options: dict, message: str) -> None:

@@ -49,7 +49,9 @@ def test_the_best_settings_are_kept_at_the_same_cost() -> None:
     total = sum(map(len, SEARCH.values())) - len(SEARCH) + 1
     assert seen == [(i, total) for i in range(total + 1)]
     assert compressor.schedule.power == before * chosen['power']
-    assert float(compressor.strength) == pytest.approx(chosen['strength'])
+    assert float(compressor.comparison.strength) == pytest.approx(
+        chosen['strength']
+    )
     assert (compressor.gain == chosen['gain']).all()
     assert compressor.keep == 0.5 and compressor.share <= 0.5
     # Nothing of what was tried last, with the others chosen, is better.
@@ -84,7 +86,7 @@ def test_powers_out_of_reach_are_passed_over(monkeypatch) -> None:
 def test_the_kinds_of_peers_are_left_alone() -> None:
     model = prepared(type='tome', keep=0.7)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert not model.backbone.compressor.has_importance
+    assert not model.backbone.compressor.calibrated
     choose_settings(model, BATCHES)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key

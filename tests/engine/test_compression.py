@@ -47,7 +47,7 @@ def test_data_says_how_to_merge() -> None:
     compress(model, BATCHES, **recording(seen))
     assert torch.equal(torch.get_rng_state(), random)
     compressor = model.backbone.compressor
-    assert compressor.has_importance and compressor.compressed
+    assert compressor.calibrated and compressor.compressed
     settings = sum(map(len, SEARCH.values())) - len(SEARCH) + 1
     assert seen == [
         *(('Importance of tokens', i, 2) for i in range(3)),
@@ -62,15 +62,15 @@ def test_data_says_how_to_merge() -> None:
     seen.clear()
     compress(model, BATCHES, **recording(seen))
     assert seen == []
-    directions = compressor.importance.clone()
+    directions = compressor.comparison.importance.clone()
     compress(model, BATCHES, keep=0.8, **recording(seen))
     assert {title for title, *_ in seen} == {'Ways to merge'}
-    assert torch.equal(compressor.importance, directions)
+    assert torch.equal(compressor.comparison.importance, directions)
     assert 0.7 < compressor.share <= 0.8
     # No batch, no measurement.
     fresh = build()
     compress(fresh, BATCHES, measuring=Measuring(calib_batches=0))
-    assert not fresh.backbone.compressor.has_importance
+    assert not fresh.backbone.compressor.calibrated
     assert fresh.backbone.compressor.compressed
 
 

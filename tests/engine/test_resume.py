@@ -153,7 +153,12 @@ def test_killed_and_resumed(scenes: Path, uninterrupted: Path) -> None:
             lines = runs[-1].read_text().splitlines()
             assert min(json.loads(line)['step'] for line in lines) == starts_at
     expected, actual = final(uninterrupted), final(folder)
-    for name in ('shares', 'importance', 'strength', 'settled'):
+    for name in (
+        'shares',
+        'comparison.importance',
+        'comparison.strength',
+        'settled',
+    ):
         key = f'backbone.compressor.{name}'
         assert torch.equal(actual[key], expected[key]), key
     assert expected['backbone.compressor.settled']

@@ -124,7 +124,7 @@ def test_trains_and_loads(option, scenes: Path, tmp_path: Path) -> None:
         assert key in saved
         # With EMA the averaged weights are saved as the model's.
         compressor = model.backbone.compressor
-        for name in ('shares', 'importance', 'settled'):
+        for name in ('shares', 'comparison.importance', 'settled'):
             value = saved[key][f'module.backbone.compressor.{name}']
             assert torch.equal(value, compressor.get_buffer(name)), name
     other = runner.build_model(cfg.model)

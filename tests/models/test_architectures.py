@@ -129,7 +129,7 @@ def test_scores_and_calibration(kind: str) -> None:
     small = pm_seg.compress_model(
         model, batches, keep=0.7, progress=False, first=1
     )
-    assert small.blocks.compressor.has_importance
+    assert small.blocks.compressor.calibrated
     paper = pm_seg.compress_model(
         model, batches, keep=0.7, progress=False, type='paper'
     )

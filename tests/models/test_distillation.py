@@ -137,11 +137,11 @@ def test_calibration_uses_labels(dense_checkpoint: str) -> None:
     model = segmentor(teacher=dict())
     raw = tiny.batch(0, 1)
     fit_importance(model, [raw])
-    found = model.backbone.compressor.importance.clone()
+    found = model.backbone.compressor.comparison.importance.clone()
     assert found.abs().sum(1).min() > 0
     model.load_teacher(dense_checkpoint)
     fit_importance(model, [raw])
-    assert torch.equal(model.backbone.compressor.importance, found)
+    assert torch.equal(model.backbone.compressor.comparison.importance, found)
 
 
 def test_errors(tmp_path, dense_checkpoint: str) -> None:

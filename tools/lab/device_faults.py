@@ -52,12 +52,12 @@ DEVICE_FAULTS = (
         ('test_progressive',),
     ),
     Fault(
-        'progressive', 'a forward pass waits for the device',
+        'comparison', 'a forward pass waits for the device',
         'if self._strength:', 'if float(self.strength):', DEVICES,
     ),
     Fault(
-        'progressive', 'a buffer stays on the CPU',
-        'random_signs(shape.dims).to(self.gain.device)',
+        'comparison', 'a buffer stays on the CPU',
+        'random_signs(shape.dims).to(self.strength.device)',
         'random_signs(shape.dims)', DEVICES,
     ),
     Fault(

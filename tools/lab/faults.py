@@ -200,7 +200,11 @@ FAULTS = (
         'merge = self._match(compared,', 'merge = self._match(chain.x,', RUN,
     ),
     Fault(
-        'progressive', 'importance never counts',
+        'comparison', 'sizes do not count in matching',
+        'if self.balance:', 'if False:', RUN,
+    ),
+    Fault(
+        'comparison', 'importance never counts',
         'if self._strength:', 'if False:', RUN,
     ),
     Fault(
@@ -215,8 +219,8 @@ FAULTS = (
     ),
     Fault(
         'progressive', 'the components of a checkpoint are not compared',
-        "compare = 'components' if self.by_components else self.compare",
-        'compare = self.compare', RUN,
+        "compare = 'components' if self.by_components else compare",
+        'pass', RUN,
     ),
     Fault(
         'progressive', 'components cost nothing',

@@ -30,7 +30,7 @@ class CompareProcesses(Hook):
 
     def after_train(self, runner):
         state = runner.model.module.state_dict()
-        assert state['backbone.compressor.importance'].any()
+        assert state['backbone.compressor.comparison.importance'].any()
         for key, value in state.items():
             copies = [torch.empty_like(value) for _ in range(2)]
             dist.all_gather(copies, value.contiguous())
@@ -52,9 +52,9 @@ def test_calibrates_compresses_and_trains(
     runner = train(small_config(scenes, tmp_path, iters=3))
     model = runner.model
     compressor = model.backbone.compressor
-    assert compressor.compressed and compressor.has_importance
+    assert compressor.compressed and compressor.calibrated
     state = read_checkpoint(tmp_path / 'iter_3.pth')['state_dict']
-    assert state['backbone.compressor.importance'].any()
+    assert state['backbone.compressor.comparison.importance'].any()
     assert state['backbone.compressor.settled']
     gain = state['backbone.compressor.gain']
     assert (gain != 1).any() and torch.equal(gain, compressor.gain)
@@ -74,7 +74,7 @@ def test_nothing_to_measure_on(scenes: Path, tmp_path: Path) -> None:
     batches = count_batches(cfg)
     compressor = batches.pop(0).backbone.compressor
     assert len(batches) == 1
-    assert compressor.compressed and not compressor.has_importance
+    assert compressor.compressed and not compressor.calibrated
 
 
 def count_batches(cfg) -> list:
@@ -106,6 +106,7 @@ def test_keeps_what_a_compressed_checkpoint_has(
     assert len(sums) == 1
     found, expected = (m.backbone.compressor for m in (model, first))
     assert found.loads() == expected.loads()
+    found, expected = found.comparison, expected.comparison
     assert torch.equal(found.importance, expected.importance)
     assert found.strength == expected.strength
 
@@ -152,10 +153,10 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
         measuring = Measuring(calib_batches=8 // batch_size)
         compress(model, cfg.train_dataloader, measuring=measuring)
         compressor = model.backbone.compressor
-        together = state['backbone.compressor.importance']
-        difference = (compressor.importance - together).abs().max()
-        assert difference <= 1e-3 * together.abs().max()
-        for name in ('shares', 'strength'):
+        together = state['backbone.compressor.comparison.importance']
+        found = compressor.comparison.importance
+        assert (found - together).abs().max() <= 1e-3 * together.abs().max()
+        for name in ('shares', 'comparison.strength'):
             value = state[f'backbone.compressor.{name}']
             assert torch.equal(compressor.get_buffer(name), value), name
 

@@ -166,11 +166,12 @@ def test_nothing_is_restored_where_prefix_tokens_alone_are_read() -> None:
 def test_classification_has_its_own_defaults() -> None:
     """Keys are compared, and later layers merge more."""
     compressor = build(dict(keep=0.8)).compressor
-    assert compressor.compare == 'keys'
+    assert compressor.schedule.compare == 'keys'
     counts = compressor.tokens((4, 6))
     assert counts[: CLASSIFICATION['first']] == [24] * CLASSIFICATION['first']
     assert counts[-1] < 24
-    assert build(dict(keep=0.8, compare='sketch')).compressor.compare != 'keys'
+    other = build(dict(keep=0.8, compare='sketch')).compressor
+    assert other.schedule.compare != 'keys'
 
 
 @pytest.mark.parametrize('kind', BACKBONES)
@@ -247,7 +248,7 @@ def test_compress_model_with_and_without_a_head(kind: str, head) -> None:
     small = pm_seg.compress_model(
         model, [batch], keep=0.7, progress=False, first=1
     )
-    assert small.backbone.compressor.has_importance
+    assert small.backbone.compressor.calibrated
     assert type(small.backbone).__name__ == f'PM{kind}'
     out = small.backbone(images)[0]
     assert out.shape == (4, DIMS)

@@ -146,7 +146,7 @@ def test_pooled_outputs_for_classifiers() -> None:
         with torch.no_grad(), backbone.compressor.disabled():
             expected = backbone.timm_model(x)
             torch.testing.assert_close(backbone(x)[0], expected)
-        assert backbone.compressor.compare == 'keys'
+        assert backbone.compressor.schedule.compare == 'keys'
         assert backbone(x)[0].shape == (2, 48)
     assert build('clip', HALF, out_type='pooled').reads_prefix
     assert PRETRAIN_MODELS.get('PMTimmVisionTransformer') is type(backbone)
@@ -260,7 +260,7 @@ def test_a_built_segmentor_is_compressed() -> None:
     ).eval()
     batches = [(torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64)))]
     small = pm_seg.compress_model(model, batches, keep=0.6, progress=False)
-    assert small.backbone.compressor.has_importance
+    assert small.backbone.compressor.calibrated
     assert model.backbone.compressor is None
     assert small(batches[0][0]).shape == (2, 5, 4, 4)
 
