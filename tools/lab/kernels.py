@@ -146,14 +146,15 @@ def count_kernels(
     left = next(n for n in compressor.tokens(shape.grid) if n < tokens)
     x = torch.randn(batch, prefix + tokens, shape.dims, device=device)
     x = x.to(dtype)
-    merge = compressor._match(x, tokens - left, 1, None, shape.grid)
     done = Chain(x, prefix)
+    rest = done.size, tokens - left, 1, None, shape.grid
+    merge = compressor._match(x, *rest)
     done.merge(merge, compressor.gain[1])
     ((_, _, became, gain),) = done.steps
     after = done.x + 1
 
     def find(x: Tensor) -> tuple[Tensor, ...]:
-        found = compressor._match(x, tokens - left, 1, None, shape.grid)
+        found = compressor._match(x, *rest)
         return found.kept, found.moved, found.into, found.rows
 
     def merged(x: Tensor) -> tuple[Tensor, ...]:
