@@ -197,7 +197,7 @@ FAULTS = (
     ),
     Fault(
         'progressive', 'keys are compared after attention',
-        'merge = self._match(compared,', 'merge = self._match(chain.x,', RUN,
+        'compared, chain.size,', 'chain.x, chain.size,', RUN,
     ),
     Fault(
         'comparison', 'sizes do not count in matching',
