@@ -153,7 +153,8 @@ class ProgressiveCompressor(Compressor):
         if not self.shares.is_meta:
             self._shares = [x / WHOLE for x in self.shares.tolist()]
             compare = self.comparison.without_data
-            compare = 'components' if self.by_components else compare
+            if self.by_components:
+                compare = 'components'
             changes = dict(power=float(self.power), compare=compare)
             self.schedule = replace(self.schedule, **changes)
             self.keep = round(self.share, 4)

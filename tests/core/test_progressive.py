@@ -245,7 +245,13 @@ def test_important_tokens_stay_alone() -> None:
     layers, compressor = make(dict(keep=0.7, first=0))
     x = torch.randn(1, 25, 24)
     direction = torch.randn(4, 24)
+    # Without directions a strength means nothing.
     assert not compressor.calibrated
+    alone = recorded(compressor, layers, x)
+    compressor.set_strength(3.0)
+    for a, b in zip(recorded(compressor, layers, x), alone):
+        assert torch.equal(a, b)
+    compressor.set_strength(0.0)
     compressor.learn(direction, random_components())
     assert compressor.calibrated
     plain = recorded(compressor, layers, x)

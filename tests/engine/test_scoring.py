@@ -50,7 +50,7 @@ def test_measuring_changes_nothing_else(kind: str) -> None:
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
     for key, value in model.state_dict().items():
-        name = key.rpartition('.')[2]
+        name = key.rpartition('compressor.')[2].removeprefix('comparison.')
         found = 'importance', 'components', 'by_components', 'shares'
         if name not in found:
             assert torch.equal(value, before[key]), key
