@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 import paths  # noqa: F401
 import pytest
 import torch
+import unformatted  # noqa: F401
 from hypothesis import Phase, settings
 
 # The same examples in every run; other ones, without end, are drawn with
@@ -25,6 +27,12 @@ settings.register_profile(
     'brief', settings.get_profile('fixed'), phases=[Phase.generate]
 )
 settings.load_profile('fixed')
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: mmengine collects garbage for each dataset,
+    and need not look for it there."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

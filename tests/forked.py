@@ -7,6 +7,7 @@ a fork of it, which nothing else has used.
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -14,12 +15,16 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import unformatted  # noqa: F401
 
 TESTS = Path(__file__).resolve().parent
 TOOLS = ('compress', 'export_onnx', 'test', 'train')
 
+_starting = threading.Lock()
 _server = multiprocessing.get_context('forkserver')
 _server.set_forkserver_preload([f'pm_seg.cli.{name}' for name in TOOLS])
 
@@ -39,12 +44,13 @@ def run_forked(
         process = _server.Process(
             target=_run, args=(list(arguments), str(cwd), dict(env), paths)
         )
-        here = os.getcwd()
-        os.chdir(TESTS.parent)  # what the server imports is found from there
-        try:
-            process.start()
-        finally:
-            os.chdir(here)
+        with _starting:
+            here = os.getcwd()
+            os.chdir(TESTS.parent)  # what the server imports is found there
+            try:
+                process.start()
+            finally:
+                os.chdir(here)
         process.join()
         out, err = (Path(path).read_text() for path in paths)
     return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
@@ -66,4 +72,6 @@ def _run(
     extra = [path for path in env.get('PYTHONPATH', '').split(':') if path]
     sys.path[:] = [str(Path(arguments[0]).resolve().parent), *extra, *own]
     sys.argv = arguments
+    multiprocessing.set_start_method(None, force=True)  # nobody's choice yet
+    gc.freeze()  # as in conftest.py
     runpy.run_path(arguments[0], run_name='__main__')

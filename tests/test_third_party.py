@@ -39,11 +39,11 @@ def project(tmp_path: Path, scenes: Path) -> Path:
     return folder
 
 
-def run(project: Path, *arguments: str | Path) -> str:
+def run(project: Path, *arguments: str | Path, fresh: bool = False) -> str:
     """Run a tool in the project, which is on Python's path."""
     path = f'{project}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
     out = run_tool(
-        *arguments, cwd=project, env=dict(PYTHONPATH=path), fresh=True
+        *arguments, cwd=project, env=dict(PYTHONPATH=path), fresh=fresh
     )
     return out.stdout
 
@@ -77,11 +77,11 @@ def test_commands_of_mmseg_itself(project: Path) -> None:
         config.write("custom_hooks = [dict(type='PruneMergeHook')]\n")
     out = run(
         project, tools / 'train.py', 'my_pm_vit.py', '--cfg-options',
-        'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
+        'train_cfg.max_iters=2', 'train_cfg.val_interval=2', fresh=True,
     )  # fmt: skip
     assert 'Token compression' in out
     out = run(
         project, tools / 'test.py', 'my_pm_vit.py',
-        'work_dirs/my_pm_vit/iter_2.pth',
+        'work_dirs/my_pm_vit/iter_2.pth', fresh=True,
     )  # fmt: skip
     assert re.search(r'mIoU: \d', out)

@@ -98,7 +98,7 @@ def test_compress_then_test_then_train(work: Path, scenes: Path) -> None:
     dense = work / 'work_dirs/dense/iter_2.pth'
     out = run_tool(
         ROOT / 'tools/compress.py', 'pm.py', dense, '--out', 'pm.pth',
-        '--keep', '0.5', cwd=work, fresh=True,
+        '--keep', '0.5', cwd=work,
     )  # fmt: skip
     assert 'Importance of tokens' in out.stderr
     check_console(out)
@@ -131,7 +131,7 @@ def test_compress_then_test_then_train(work: Path, scenes: Path) -> None:
 
     trained = run_tool(
         ROOT / 'tools/train.py', 'pm.py', '--cfg-options',
-        'load_from=pm.pth', cwd=work, fresh=True,
+        'load_from=pm.pth', cwd=work,
     )  # fmt: skip
     assert 'keeping its structure' in trained.stdout
     check_console(trained, work / 'work_dirs/pm')
@@ -250,7 +250,7 @@ def test_the_main_ade20k_config_runs_on_scenes(
     """Nothing changed but the data root and the number of images seen."""
     options = [
         '--cfg-options', f'data_root={scenes}', 'load_from=None',
-        'train_cfg.max_iters=1', 'train_cfg.val_interval=10',
+        'train_cfg.max_iters=1', 'train_cfg.val_begin=10',
         'custom_hooks.0.calib_batches=1', 'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
         'train_dataloader.batch_size=1', 'val_dataloader.dataset.indices=1',
