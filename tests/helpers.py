@@ -27,6 +27,12 @@ needs_exporter = pytest.mark.skipif(
 )
 
 
+in_one_graph = pytest.mark.skipif(
+    torch.__version__ < (2, 5),
+    reason="torch 2.4 breaks the graph at mmcv's FFN and at feature maps",
+)
+
+
 def shared_path(relative: str) -> Path:
     """A file of the reference data, or skip the test."""
     path = SHARED / relative

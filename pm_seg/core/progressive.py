@@ -204,7 +204,7 @@ class ProgressiveCompressor(Compressor):
                 compared = chain.x
             if self.schedule.between:
                 chain.x = layer.feed_forward(chain.x)
-            elif self.schedule.ends_early(index, bool(chain.steps)):
+            elif self.schedule.ends_early(index, len(chain.steps) > 0):
                 x = layer.attend(*chain.inputs_of(index))
                 chain.x = layer.feed_forward(x[:, : chain.num_prefix])
             else:

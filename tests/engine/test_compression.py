@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import in_one_graph
 from tiny import batch, build
 
 from pm_seg.engine import Measuring, compress, describe
@@ -148,9 +149,7 @@ def test_the_report(options: dict) -> None:
     assert ('attention' in text) == (options.get('type') == 'algm')
 
 
-@pytest.mark.skipif(
-    torch.__version__ < (2, 5), reason='torch 2.4 breaks the graph at maps'
-)
+@in_one_graph
 def test_the_whole_model_compiles() -> None:
     """Encoder, and a decoder on its groups: one graph, in mixed precision."""
     torch._dynamo.reset()

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import in_one_graph
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from pretrain_vits import (
@@ -207,6 +208,7 @@ def test_layer_cost(options: dict) -> None:
     assert count_macs(lambda: layers[0](x)) == cost(29)
 
 
+@in_one_graph
 @pytest.mark.parametrize('kind', BACKBONES)
 @torch.no_grad()
 def test_compiles_as_one_graph(kind: str) -> None:
