@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     data = args.data or (None if args.config else work / 'data')
     # Tested below, not while training.
     options = ['--cfg-options', 'log_level=ERROR']
-    options.append('train_cfg.val_interval=100000')
+    options.append('train_cfg.val_begin=100000')
     options += [f'data_root={data}'] if data else []
     scenes = ['--num-train', '160', '--num-val', '24']
     if args.quick:

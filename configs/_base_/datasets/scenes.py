@@ -52,15 +52,16 @@ test_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]
+# In the process itself: images are small, and the cores busy with the model.
 train_dataloader = dict(
     batch_size=8,
-    num_workers=2,
+    num_workers=0,
     dataset=dict(
         data_root=data_root, metainfo=metainfo, pipeline=train_pipeline
     ),
 )
 val_dataloader = dict(
-    num_workers=2,
+    num_workers=0,
     dataset=dict(
         data_root=data_root, metainfo=metainfo, pipeline=test_pipeline
     ),
