@@ -56,12 +56,14 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,
+    persistent_workers=False,
     dataset=dict(
         data_root=data_root, metainfo=metainfo, pipeline=train_pipeline
     ),
 )
 val_dataloader = dict(
     num_workers=0,
+    persistent_workers=False,
     dataset=dict(
         data_root=data_root, metainfo=metainfo, pipeline=test_pipeline
     ),
