@@ -15,7 +15,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,10 +22,10 @@ import unformatted  # noqa: F401
 
 TESTS = Path(__file__).resolve().parent
 TOOLS = ('compress', 'export_onnx', 'test', 'train')
+PRELOADED = [f'pm_seg.cli.{name}' for name in TOOLS]
 
-_starting = threading.Lock()
 _server = multiprocessing.get_context('forkserver')
-_server.set_forkserver_preload([f'pm_seg.cli.{name}' for name in TOOLS])
+_server.set_forkserver_preload(PRELOADED)
 
 
 def run_forked(
@@ -44,13 +43,12 @@ def run_forked(
         process = _server.Process(
             target=_run, args=(list(arguments), str(cwd), dict(env), paths)
         )
-        with _starting:
-            here = os.getcwd()
-            os.chdir(TESTS.parent)  # what the server imports is found there
-            try:
-                process.start()
-            finally:
-                os.chdir(here)
+        here = os.getcwd()
+        os.chdir(TESTS.parent)  # what the server imports is found from there
+        try:
+            process.start()
+        finally:
+            os.chdir(here)
         process.join()
         out, err = (Path(path).read_text() for path in paths)
     return subprocess.CompletedProcess(arguments, process.exitcode, out, err)

@@ -25,8 +25,6 @@ SHARED = Path(os.environ.get('PM_SEG_SHARED', ROOT.parent / 'shared'))
 needs_exporter = pytest.mark.skipif(
     not has_exporter(), reason='the exporter to ONNX came with torch 2.5'
 )
-
-
 in_one_graph = pytest.mark.skipif(
     torch.__version__ < (2, 5),
     reason="torch 2.4 breaks the graph at mmcv's FFN and at feature maps",
@@ -88,7 +86,6 @@ def small_config(scenes: Path, work_dir: Path, iters: int = 2) -> Config:
     cfg.model.teacher = None
     for name in ('train', 'val', 'test'):
         loader = cfg[f'{name}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
         loader.dataset.data_root = str(scenes)
         for step in loader.dataset.pipeline:
             if step['type'] == 'RandomCrop':

@@ -22,13 +22,14 @@ from pm_seg.engine.compression import Measuring, compress
 CASES = {
     'dense': None,
     'ours': dict(),
+    'replace': dict(restore='replace', size_aware=False),
     'paper': dict(type='paper', prune_rate=0.1),
     'tome': dict(type='tome', keep=0.6),
     'algm': dict(type='algm', keep=0.6),
 }
 
 
-def predictor(case: str) -> Predictor:
+def predictor(case: str, resize: bool = True) -> Predictor:
     options = CASES[case]
     if options is None:
         model = build(compression=False)
@@ -38,7 +39,7 @@ def predictor(case: str) -> Predictor:
         compress(model, [batch(0, 2), batch(2, 2)], measuring=measuring)
     if case == 'ours':  # the sum with importance too
         model.backbone.compressor.set_strength(0.2)
-    return Predictor(model, resize=True).eval()
+    return Predictor(model, resize).eval()
 
 
 @needs_exporter
@@ -46,16 +47,24 @@ def predictor(case: str) -> Predictor:
 def test_onnxruntime_agrees_without_scatter_operators(
     case: str, tmp_path: Path
 ) -> None:
-    """On another grid than the model's own."""
     model = predictor(case)
     path = tmp_path / 'new' / 'model.onnx'
-    images = torch.randn(2, 3, 97, 130)
+    images = torch.randn(2, 3, 64, 64)
     export(model, images, path)
     assert compare(model, images, path) < 1e-4
     names = {node.op_type for node in onnx.load(path).graph.node}
     if case != 'algm':  # windows are scattered
         assert not [name for name in names if 'Scatter' in name]
     assert [p.name for p in path.parent.iterdir()] == ['model.onnx']
+
+
+@needs_exporter
+@pytest.mark.parametrize('case', ['ours', 'paper'])
+def test_another_size_is_exported(case: str, tmp_path: Path) -> None:
+    model = predictor(case, resize=False)
+    images = torch.randn(1, 3, 97, 130)
+    export(model, images, tmp_path / 'model.onnx')
+    assert compare(model, images, tmp_path / 'model.onnx') < 1e-4
 
 
 @pytest.mark.parametrize('case', ['ours', 'paper', 'tome'])

@@ -44,10 +44,9 @@ model = dict(
                   stride=(48, 48)),
 )
 train_dataloader = dict(
-    batch_size=2, num_workers=0, persistent_workers=False,
+    batch_size=2,
     dataset=dict(data_root='{data}', pipeline=train_pipeline))
 val_dataloader = dict(
-    num_workers=0, persistent_workers=False,
     dataset=dict(data_root='{data}', pipeline=test_pipeline))
 test_dataloader = val_dataloader
 tta_pipeline = [
@@ -250,7 +249,7 @@ def test_the_main_ade20k_config_runs_on_scenes(
     """Nothing changed but the data root and the number of images seen."""
     options = [
         '--cfg-options', f'data_root={scenes}', 'load_from=None',
-        'train_cfg.max_iters=1', 'train_cfg.val_begin=10',
+        'train_cfg.max_iters=1', 'train_cfg.val_interval=10',
         'custom_hooks.0.calib_batches=1', 'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
         'train_dataloader.batch_size=1', 'val_dataloader.dataset.indices=1',
