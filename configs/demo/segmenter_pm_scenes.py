@@ -22,9 +22,9 @@ model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(compression=dict(keep=0.5)),
 )
-train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 max_iters = 40
-optim_wrapper = dict(optimizer=dict(lr=2e-4))
+optim_wrapper = dict(optimizer=dict(lr=5e-5))
 param_scheduler = [
     dict(
         type='CosineAnnealingLR',

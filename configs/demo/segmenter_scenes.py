@@ -29,10 +29,12 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 model = dict(backbone=dict(img_size=(512, 512)))
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+# Many small steps: they learn more from as many images than few large ones.
+train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-max_iters = 160
+max_iters = 400
+optim_wrapper = dict(optimizer=dict(lr=5e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.05, begin=0, end=30, by_epoch=False),
     dict(
