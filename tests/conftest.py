@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from contextlib import suppress
 from pathlib import Path
 
 # Several test processes (pytest -n) share the cores, with the tools they run.
@@ -13,8 +14,10 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 import paths  # noqa: F401
 import pytest
 import torch
-import unformatted  # noqa: F401
 from hypothesis import Phase, settings
+
+with suppress(ModuleNotFoundError):  # tests/core needs torch alone
+    import unformatted  # noqa: F401
 
 # The same examples in every run; other ones, without end, are drawn with
 # pytest --hypothesis-profile=explore.
