@@ -40,6 +40,7 @@ class InterruptHook(Hook):
         self._requested = 0  # the signal
         self._done: int | None = None  # iterations, once training has begun
         self._inside = False
+        self._stopping = False
         self._handlers = ExitStack()
 
     def before_run(self, runner: Runner) -> None:
@@ -93,6 +94,10 @@ class InterruptHook(Hook):
     def after_train(self, runner: Runner) -> None:
         self._done = None
 
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if self._stopping:  # runners count for the end of an iteration alone
+            checkpoint['meta'].update(epoch=runner.epoch, iter=self._done)
+
     def _agreed(self, batch_idx: int) -> bool:
         """Whether to stop now; the same in all processes."""
         if get_world_size() > 1 and (batch_idx + 1) % self.interval:
@@ -116,15 +121,13 @@ class InterruptHook(Hook):
             stopped = f'stopped after iteration {done}, inside an epoch'
         else:
             stopped = f'stopped and saved after iteration {done}'
-            meta = dict(epoch=runner.epoch, iter=done)
+            self._stopping = True
             file = f'iter_{done}.pth'
             hooks = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
             if not hooks:
-                runner.save_checkpoint(
-                    runner.work_dir, file, meta=meta, by_epoch=False
-                )
+                runner.save_checkpoint(runner.work_dir, file, by_epoch=False)
             elif not (hooks[0].last_ckpt or '').endswith(file):
-                hooks[0]._save_checkpoint_with_step(runner, done, meta)
+                hooks[0]._save_checkpoint_with_step(runner, done, {})
         raise RunStoppedError(
             f'{signal.Signals(self._requested).name}: {stopped}. '
             f'{how_to_go_on(runner.work_dir)}',

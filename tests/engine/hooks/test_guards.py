@@ -12,7 +12,7 @@ import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from mmengine.structures import BaseDataElement, PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
@@ -68,6 +68,7 @@ class Accuracy(BaseMetric):
 
 def run(folder: Path, act, by_epoch: bool = False, **options) -> Runner:
     hooks = [InterruptHook(), RunGuardHook(), *options.pop('hooks', [])]
+    kind = options.pop('kind', Runner)
     scores = options.pop('scores', (0.5, 0.5))
     loop = (
         dict(by_epoch=True, max_epochs=2)
@@ -75,9 +76,9 @@ def run(folder: Path, act, by_epoch: bool = False, **options) -> Runner:
         else dict(type='IterBasedTrainLoop', max_iters=6, val_interval=3)
     )
     saving = dict(type=WholeCheckpointHook, by_epoch=by_epoch, interval=2)
-    runner = Runner(
-        Line(act),
-        str(folder),
+    runner = kind(
+        model=Line(act),
+        work_dir=str(folder),
         train_dataloader=DataLoader(ITEMS, 2),
         train_cfg=loop,
         val_dataloader=DataLoader(ITEMS, 2),
@@ -116,6 +117,17 @@ def test_an_iteration_that_is_saved_is_not_saved_again(tmp_path) -> None:
     with pytest.raises(RunStoppedError, match='iter_4.pth'):
         run(tmp_path, interrupt(4), max_keep_ckpts=1)
     assert [p.name for p in tmp_path.glob('*.pth')] == ['iter_4.pth']
+
+
+@pytest.mark.parametrize('kind', [Runner, FlexibleRunner])
+@pytest.mark.parametrize('at', [3, -1])  # in an iteration, in a validation
+def test_saved_with_the_number_of_finished_iterations(
+    tmp_path: Path, kind: type, at: int
+) -> None:
+    with pytest.raises(RunStoppedError, match='saved after iteration 3'):
+        run(tmp_path, interrupt(at), kind=kind)
+    meta = read_checkpoint(tmp_path / 'iter_3.pth')['meta']
+    assert (meta['epoch'], meta['iter']) == (0, 3)
 
 
 def test_interrupted_in_a_validation_with_ema(tmp_path: Path) -> None:
