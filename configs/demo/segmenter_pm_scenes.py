@@ -23,7 +23,7 @@ model = dict(
     backbone=dict(compression=dict(keep=0.5)),
 )
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-max_iters = 40
+max_iters = 24
 optim_wrapper = dict(optimizer=dict(lr=5e-5))
 param_scheduler = [
     dict(
