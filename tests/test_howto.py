@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, dense_checkpoint, small_config
 from howto import commands, run_line, shell_environment, write_files
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -116,12 +116,15 @@ def test_fsdp(tmp_path: Path, scenes: Path) -> None:
     assert re.search(r'mIoU: +\d', result.stdout)
 
 
+def script(path: Path, body: str) -> None:
+    path.write_text(f'#!/bin/bash\n{body}\n')
+    path.chmod(0o755)
+
+
 def test_slurm_starts_as_asked(tmp_path: Path) -> None:
     """The command of the page, with an srun that prints its arguments."""
     (line,) = [c for c in commands(f'{HOWTO}/many_gpus.md') if 'slurm' in c]
-    srun = tmp_path / 'srun'
-    srun.write_text('#!/bin/sh\nprintf "%s " "$@"\n')
-    srun.chmod(0o755)
+    script(tmp_path / 'srun', 'printf "%s " "$@"')
     path = f'{tmp_path}:{shell_environment()["PATH"]}'
     result = run_line(line, ROOT, PATH=path)
     for part in (
@@ -130,6 +133,67 @@ def test_slurm_starts_as_asked(tmp_path: Path) -> None:
         'python -u tools/train.py CONFIG --launcher slurm',
     ):
         assert part in result.stdout
+
+
+# What Slurm does, for two tasks on this machine.
+SRUN = """
+while [ "$1" != python ]; do shift; done
+export SLURM_NTASKS=2 SLURM_JOB_NODELIST='here[1-2]'
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+done
+wait %1 && wait %2
+"""
+SCONTROL = '[ "$*" = "show hostnames here[1-2]" ] && printf "localhost\\nb\\n"'
+
+
+# A scheduler that ends the second of two processes.
+STOP = """
+import os, signal
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS
+
+@HOOKS.register_module()
+class Stop(Hook):
+    priority = 'LOW'
+
+    def after_train_iter(self, runner, **kwargs):
+        if runner.rank == 1 and runner.iter == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.slow
+def test_slurm_processes_stop_and_go_on(tmp_path: Path, scenes: Path) -> None:
+    """The script, with an srun that starts two tasks."""
+    script(tmp_path / 'srun', SRUN)
+    script(tmp_path / 'scontrol', SCONTROL)
+    (tmp_path / 'stop.py').write_text(STOP)
+    cfg = small_config(scenes, tmp_path / 'work', iters=2)
+    cfg.custom_imports.imports = ['pm_seg', 'stop']
+    cfg.custom_hooks += [
+        dict(type='Stop'),
+        dict(type='InterruptHook', interval=1),
+    ]
+    cfg.load_from = dense_checkpoint(cfg, tmp_path)
+    cfg.dump(tmp_path / 'config.py')
+    environment = shell_environment()
+    printed = []
+    for end in (' || [ $? = 143 ]', ' --resume'):
+        line = f'GPUS=2 {ROOT}/tools/slurm_train.sh debug tiny config.py{end}'
+        result = run_line(
+            line,
+            tmp_path,
+            PATH=f'{tmp_path}:{environment["PATH"]}',
+            PYTHONPATH=str(tmp_path),
+            MASTER_PORT=environment['PORT'],
+        )
+        printed.append(result.stdout + result.stderr)
+    saved = f'Last good checkpoint: {tmp_path / "work/iter_1.pth"}'
+    assert printed[0].count(saved) == 2
+    assert printed[0].count('Go on with the same command and --resume') == 1
+    assert printed[1].count('Iter(train) [2/2]') == 1  # of one run, not two
+    assert re.search(r'mIoU: +\d', printed[1])
 
 
 DINOV3 = f'{HOWTO}/compress_my_dinov3_segmenter.md'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def build_runner(cfg: Config) -> Runner | FlexibleRunner:
     The environment, the config and the order of the hooks go to the log file
     alone, see :data:`pm_seg.utils.quiet.LOG_NOISE`.
     """
-    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+    if cfg.launcher in ('pytorch', 'slurm') and get_device() == 'cpu':
         _join_cpu_processes(cfg)
     kind = cfg.get('runner_type', 'Runner')
     base = RUNNERS.get(kind)
@@ -60,7 +61,9 @@ def build_runner(cfg: Config) -> Runner | FlexibleRunner:
 
 
 def _join_cpu_processes(cfg: Config) -> None:
-    """Join them by gloo, as mmengine's launcher would ask for CUDA."""
+    """Join them by gloo, as mmengine's launchers would ask for CUDA."""
+    if cfg.launcher == 'slurm':
+        _read_slurm()
     torch.distributed.init_process_group('gloo')
     wrapper = (cfg.get('strategy') or {}).get('model_wrapper')
     if wrapper:  # FSDP would move to a GPU
@@ -71,6 +74,25 @@ def _join_cpu_processes(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
+
+
+def _read_slurm() -> None:
+    """Tell torch what Slurm told the process; the first node is the master.
+
+    ``MASTER_ADDR`` and ``MASTER_PORT`` are kept where they are set.
+    """
+    for name, told in (
+        ('RANK', 'SLURM_PROCID'),
+        ('WORLD_SIZE', 'SLURM_NTASKS'),
+        ('LOCAL_RANK', 'SLURM_LOCALID'),
+    ):
+        os.environ[name] = os.environ[told]
+    os.environ.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in os.environ:
+        command = ['scontrol', 'show', 'hostnames']
+        command.append(os.environ['SLURM_JOB_NODELIST'])
+        nodes = subprocess.check_output(command, text=True)
+        os.environ['MASTER_ADDR'] = nodes.split()[0]
 
 
 def end_processes() -> None:

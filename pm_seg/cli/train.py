@@ -103,14 +103,20 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(str(error)) from None
     except RunStoppedError as stop:
         print(stop, file=sys.stderr)
-        if latest_intact_checkpoint(cfg.work_dir):
-            words = sys.argv[1:] if argv is None else argv
-            if '--resume' not in words:
-                words = [*words, '--resume']
-            again = f'python tools/train.py {shlex.join(words)}'
-            print(f'Go on with: {again}', file=sys.stderr)
+        if is_first_process() and latest_intact_checkpoint(cfg.work_dir):
+            print(f'Go on with{_again(args, argv)}', file=sys.stderr)
         raise SystemExit(stop.code) from None
     end_processes()
+
+
+def _again(args: argparse.Namespace, argv: list[str] | None) -> str:
+    """The command that goes on with a stopped run."""
+    if args.launcher != 'none':  # it starts the tool, with a command unknown
+        return ' the same command and --resume'
+    words = sys.argv[1:] if argv is None else argv
+    if '--resume' not in words:
+        words = [*words, '--resume']
+    return f': python tools/train.py {shlex.join(words)}'
 
 
 def _run(cfg: Config) -> None:

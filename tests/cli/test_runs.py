@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 import torch
 from mmengine.config import Config
 
+from pm_seg.cli import runs
 from pm_seg.cli.runs import guard_run, use_amp
 
 
@@ -47,3 +51,44 @@ def test_batches_are_pinned_for_a_gpu(monkeypatch, cuda: bool) -> None:
     guard_run(cfg)
     assert cfg.train_dataloader.get('pin_memory', False) == cuda
     assert not cfg.val_dataloader.pin_memory
+
+
+class JoinedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ('given', 'master'),
+    [({}, 'n3:29500'), (dict(MASTER_ADDR='a', MASTER_PORT='7'), 'a:7')],
+)
+def test_processes_of_slurm_join_without_a_gpu(
+    monkeypatch, given: dict, master: str
+) -> None:
+    """As mmengine's launcher has them join, but by gloo."""
+    told = dict(
+        SLURM_PROCID='5',
+        SLURM_NTASKS='8',
+        SLURM_LOCALID='1',
+        SLURM_JOB_NODELIST='n[3-4]',
+    )
+    monkeypatch.setattr(os, 'environ', {**told, **given})
+
+    def scontrol(command: list[str], text: bool) -> str:
+        assert command == ['scontrol', 'show', 'hostnames', 'n[3-4]']
+        return 'n3\nn4\n'
+
+    def join(backend: str) -> None:
+        found = os.environ
+        raise JoinedError(
+            backend,
+            f'{found["RANK"]} of {found["WORLD_SIZE"]}',
+            found['LOCAL_RANK'],
+            f'{found["MASTER_ADDR"]}:{found["MASTER_PORT"]}',
+        )
+
+    monkeypatch.setattr(subprocess, 'check_output', scontrol)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', join)
+    monkeypatch.setattr(runs, 'get_device', lambda: 'cpu')
+    with pytest.raises(JoinedError) as error:
+        runs.build_runner(Config(dict(launcher='slurm')))
+    assert error.value.args == ('gloo', '5 of 8', '1', master)

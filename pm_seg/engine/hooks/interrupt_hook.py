@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from types import FrameType
 
 import torch
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_reduce, barrier, get_world_size
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
@@ -128,6 +128,7 @@ class InterruptHook(Hook):
                 runner.save_checkpoint(runner.work_dir, file, by_epoch=False)
             elif not (hooks[0].last_ckpt or '').endswith(file):
                 hooks[0]._save_checkpoint_with_step(runner, done, {})
+            barrier()  # so that all processes name this checkpoint
         raise RunStoppedError(
             f'{signal.Signals(self._requested).name}: {stopped}. '
             f'{how_to_go_on(runner.work_dir)}',
