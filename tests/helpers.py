@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,11 @@ in_one_graph = pytest.mark.skipif(
     torch.__version__ < (2, 5),
     reason="torch 2.4 breaks the graph at mmcv's FFN and at feature maps",
 )
+
+
+def slow(value: object) -> object:
+    """A parameter of tests with which they are slow."""
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def shared_path(relative: str) -> Path:
@@ -74,6 +80,13 @@ def run_tool(
             f'{result.stderr[-3000:]}'
         )
     return result
+
+
+def free_port() -> int:
+    """For processes of a distributed run to meet."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
 
 
 def small_config(scenes: Path, work_dir: Path, iters: int = 2) -> Config:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from helpers import ROOT
+from helpers import ROOT, free_port
 
 _FILE = re.compile(
     r'`(my_project/[\w/.]+)`[^\n]*\n\n```python\n(.*?)```', re.S
@@ -49,11 +48,13 @@ def commands(page: str) -> list[str]:
 
 def shell_environment() -> dict[str, str]:
     """For ``bash``: this Python first, and a free port for torchrun."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-    return {**os.environ, 'PATH': path, 'PORT': str(port), **_ONE_THREAD}
+    return {
+        **os.environ,
+        'PATH': path,
+        'PORT': str(free_port()),
+        **_ONE_THREAD,
+    }
 
 
 def run_line(

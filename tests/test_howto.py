@@ -57,6 +57,7 @@ def compressed(config: str | Path, checkpoint: Path) -> None:
     torch.save(saved, checkpoint)
 
 
+@pytest.mark.slow
 def test_timm(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip('timm')
     monkeypatch.chdir(tmp_path)

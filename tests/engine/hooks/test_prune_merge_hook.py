@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from helpers import ROOT, dense_checkpoint, run_tool, small_config
+from helpers import (
+    ROOT,
+    dense_checkpoint,
+    free_port,
+    run_tool,
+    small_config,
+)
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import MODELS
@@ -125,22 +132,31 @@ def test_calibration_does_not_shift_training(scenes, tmp_path) -> None:
 
 
 def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
-    """The train tool itself, under torchrun with gloo."""
+    """The train tool itself, as torchrun starts it, with gloo."""
     cfg = small_config(scenes, tmp_path / 'work', iters=1)
     cfg.custom_imports.imports = ['pm_seg', 'compare_processes']
     cfg.custom_hooks.append(dict(type='CompareProcesses'))
     (tmp_path / 'compare_processes.py').write_text(COMPARE)
     cfg.load_from = dense_checkpoint(cfg, tmp_path)
     cfg.dump(tmp_path / 'config.py')
-    start = read_checkpoint(cfg.load_from)['state_dict']
-    result = run_tool(
-        '-m', 'torch.distributed.run', '--nproc_per_node=2',
-        '--standalone', ROOT / 'tools/train.py',
-        tmp_path / 'config.py', '--launcher', 'pytorch',
-        cwd=tmp_path, env=dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1'),
-        fresh=True,
-    )  # fmt: skip
-    assert 'IDENTICAL' in result.stdout + result.stderr
+    dense = read_checkpoint(cfg.load_from)['state_dict']
+    told = dict(
+        PYTHONPATH=str(tmp_path),
+        OMP_NUM_THREADS='1',
+        WORLD_SIZE='2',
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(free_port()),
+    )
+
+    def start(rank: str) -> str:
+        result = run_tool(
+            ROOT / 'tools/train.py', 'config.py', '--launcher', 'pytorch',
+            cwd=tmp_path, env=dict(told, RANK=rank, LOCAL_RANK=rank),
+        )  # fmt: skip
+        return result.stdout + result.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        assert 'IDENTICAL' in ''.join(pool.map(start, '01'))
     state = read_checkpoint(tmp_path / 'work/iter_1.pth')['state_dict']
     # 2 processes x 2 batches of 2 images: the same 8 images in one process
     for batch_size in (1, 8):
@@ -149,7 +165,7 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
         init_default_scope('mmseg')
         torch.manual_seed(0)
         model = MODELS.build(cfg.model)
-        model.load_state_dict(start)
+        model.load_state_dict(dense)
         measuring = Measuring(calib_batches=8 // batch_size)
         compress(model, cfg.train_dataloader, measuring=measuring)
         compressor = model.backbone.compressor

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import in_one_graph
+from helpers import in_one_graph, slow
 from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from pretrain_vits import (
@@ -209,7 +209,13 @@ def test_layer_cost(options: dict) -> None:
 
 
 @in_one_graph
-@pytest.mark.parametrize('kind', BACKBONES)
+@pytest.mark.parametrize(
+    'kind',
+    [
+        kind if kind in (PLAIN, 'ViTEVA02') else slow(kind)
+        for kind in BACKBONES
+    ],
+)
 @torch.no_grad()
 def test_compiles_as_one_graph(kind: str) -> None:
     torch._dynamo.reset()
