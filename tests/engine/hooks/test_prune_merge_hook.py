@@ -135,7 +135,10 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
     """The train tool itself, as torchrun starts it, with gloo."""
     cfg = small_config(scenes, tmp_path / 'work', iters=1)
     cfg.custom_imports.imports = ['pm_seg', 'compare_processes']
-    cfg.custom_hooks.append(dict(type='CompareProcesses'))
+    cfg.custom_hooks += [
+        dict(type='CompareProcesses'),
+        dict(type='ProgressHook', title='Together'),
+    ]
     (tmp_path / 'compare_processes.py').write_text(COMPARE)
     cfg.load_from = dense_checkpoint(cfg, tmp_path)
     cfg.dump(tmp_path / 'config.py')
@@ -156,7 +159,9 @@ def test_two_processes_stay_identical(scenes: Path, tmp_path: Path) -> None:
         return result.stdout + result.stderr
 
     with ThreadPoolExecutor(2) as pool:
-        assert 'IDENTICAL' in ''.join(pool.map(start, '01'))
+        printed = ''.join(pool.map(start, '01'))
+    assert 'IDENTICAL' in printed
+    assert printed.count('Together: 1/1') == 1  # said by one of them
     state = read_checkpoint(tmp_path / 'work/iter_1.pth')['state_dict']
     # 2 processes x 2 batches of 2 images: the same 8 images in one process
     for batch_size in (1, 8):
