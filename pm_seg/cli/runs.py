@@ -89,10 +89,10 @@ def _read_slurm() -> None:
         os.environ[name] = os.environ[told]
     os.environ.setdefault('MASTER_PORT', '29500')
     if 'MASTER_ADDR' not in os.environ:
-        command = ['scontrol', 'show', 'hostnames']
-        command.append(os.environ['SLURM_JOB_NODELIST'])
-        nodes = subprocess.check_output(command, text=True)
-        os.environ['MASTER_ADDR'] = nodes.split()[0]
+        nodes = os.environ['SLURM_JOB_NODELIST']
+        command = ['scontrol', 'show', 'hostnames', nodes]
+        names = subprocess.check_output(command, text=True)
+        os.environ['MASTER_ADDR'] = names.split()[0]
 
 
 def end_processes() -> None:
